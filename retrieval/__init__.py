@@ -1,0 +1,1 @@
+"""Embeddings, galleries, metrics, protocols and reports."""

@@ -1,0 +1,1 @@
+"""Evaluation protocols: which images meet which, and what is counted."""
