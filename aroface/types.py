@@ -4,15 +4,19 @@ Legend: N images of a set, B batch, H W height and width, D embedding dimension.
 protocol, so that `shards`, `export`, `retrieval` and the trainer need not know one another.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from aroface.contract import InputContract
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Batch", "Embedder", "FaceSet", "TrainingData"]
 
