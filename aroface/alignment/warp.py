@@ -100,4 +100,5 @@ def landmark_displacement_px(alignment: Alignment) -> Tensor:
     points = (2 * template + 1) / _TEMPLATE_PX - 1  # pixel centres to [-1, 1]
     homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], 1)
     moved = torch.einsum("bij,kj->bki", alignment.as_matrix(), homogeneous)
-    return (moved - points).norm(dim=2) * (_TEMPLATE_PX / 2)
+    distances: Tensor = (moved - points).norm(dim=2)
+    return distances * (_TEMPLATE_PX / 2)
