@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from aroface.errors import ShapeError
+
 __all__ = ["ARCFACE_TEMPLATE_112", "ColourOrder", "InputContract"]
 
 ColourOrder = Literal["rgb", "bgr"]
@@ -35,3 +37,16 @@ class InputContract(BaseModel):
     template: Literal["arcface_112"] = Field(
         default="arcface_112", description="landmark template the faces are aligned to, scaled to image_size"
     )
+
+    def check_images(self, images: NDArray[np.uint8]) -> None:
+        """Refuse anything but (B, S, S, 3) uint8 with S = image_size.
+
+        Raises:
+            ShapeError: another shape or type.
+        """
+        side = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
+            raise ShapeError(
+                f"The model takes uint8 RGB images of shape (B, {side}, {side}, 3), got {images.dtype} {images.shape}; "
+                "resize faces with aroface.images.resize_face."
+            )

@@ -1,0 +1,167 @@
+"""A checkpoint as an embedder: images in, embeddings out, as the model was trained to see them."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from aroface.config.load import parse_config
+from aroface.config.schema import ModelConfig, TrainConfig
+from aroface.contract import InputContract
+from aroface.engine.checkpoint_layout import read_state, resolve_checkpoint, verify_checkpoint
+from aroface.errors import CheckpointError
+from aroface.files import sha256_of
+from aroface.models import IResNet, build_backbone
+from aroface.preprocess import normalise
+
+__all__ = ["InferencePrecision", "TorchEmbedder", "TrainedModel", "load_embedder", "load_model", "untrained_model"]
+
+InferencePrecision = Literal["fp32", "bf16"]
+
+_WEIGHTS_NAME = "backbone.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A backbone in evaluation mode with what has to travel with it."""
+
+    backbone: IResNet
+    contract: InputContract
+    name: str  #: such as `iresnet100`
+    weights_sha256: str  #: of backbone.safetensors; `untrained` where there is none
+
+    @property
+    def model_id(self) -> str:
+        """Short name and hash, for result files."""
+        return f"{self.name}-{self.weights_sha256[:12]}"
+
+
+class TorchEmbedder:
+    """`aroface.types.Embedder` on PyTorch.
+
+    Args:
+        model: what to run; its backbone is moved to `device` and switched to evaluation mode.
+        precision: `fp32`, or `bf16` for autocast (1.4 to 2.6 times faster on CPUs with AMX, cosine to fp32 > 0.9999).
+        batch_size: largest batch that goes through the network at once; memory, not the result.
+        device: where it runs; None takes the first CUDA device if there is one, else the CPU.
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        *,
+        precision: InferencePrecision = "fp32",
+        batch_size: int = 64,
+        device: str | None = None,
+    ) -> None:
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model = model
+        self._backbone = model.backbone.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self._precision = precision
+        self._batch_size = batch_size
+
+    @property
+    def contract(self) -> InputContract:
+        """What the model expects; `embed` applies it."""
+        return self._model.contract
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self._model.backbone.embedding_dim
+
+    @property
+    def model_id(self) -> str:
+        """Short name and hash of the weights."""
+        return self._model.model_id
+
+    def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(B, S, S, 3) uint8 RGB to (B, D) float32, un-normalised."""
+        self.contract.check_images(images)
+        embeddings = np.empty((len(images), self.embedding_dim), np.float32)
+        with torch.inference_mode(), self._autocast():
+            for start in range(0, len(images), self._batch_size):
+                part = np.ascontiguousarray(images[start : start + self._batch_size])
+                pixels = normalise(torch.from_numpy(part).to(self._device), self.contract)
+                embeddings[start : start + len(part)] = self._backbone(pixels).float().cpu().numpy()
+        return embeddings
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        enabled = self._precision == "bf16"
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def load_embedder(
+    path: Path, *, precision: InferencePrecision = "fp32", batch_size: int = 64, device: str | None = None
+) -> TorchEmbedder:
+    """The model of a run directory (its newest checkpoint) or of one checkpoint.
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or its parts do not belong together.
+    """
+    return TorchEmbedder(load_model(path), precision=precision, batch_size=batch_size, device=device)
+
+
+def load_model(path: Path) -> TrainedModel:
+    """Backbone, contract and hash of a checkpoint, on the CPU and in evaluation mode.
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or its parts do not belong together.
+    """
+    directory = resolve_checkpoint(path)
+    verify_checkpoint(directory)
+    config, contract = _read_description(directory)
+    backbone = build_backbone(config)
+    weights = directory / _WEIGHTS_NAME
+    try:
+        backbone.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{weights} does not hold the weights of the {config.kind} in its state.json ({error}). "
+            "Take a checkpoint that training wrote, and do not mix files of two checkpoints."
+        ) from error
+    return TrainedModel(backbone.eval(), contract, _name(config), sha256_of(weights))
+
+
+def untrained_model(path: Path, *, seed: int = 0) -> TrainedModel:
+    """The network of a checkpoint with fresh weights: what training is compared with.
+
+    Torch's global generator is left as it was.
+    """
+    config, contract = _read_description(resolve_checkpoint(path))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(config)
+    return TrainedModel(backbone.eval(), contract, _name(config), "untrained")
+
+
+def _read_description(directory: Path) -> tuple[ModelConfig, InputContract]:
+    state = read_state(directory)
+    missing = [key for key in ("config", "contract") if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{directory}/state.json lacks {' and '.join(missing)}; take a checkpoint that `aroface train` wrote."
+        )
+    config = parse_config(state["config"], TrainConfig, name=f"{directory}/state.json, config").model
+    try:
+        contract = InputContract.model_validate(state["contract"])
+    except ValidationError as error:
+        raise CheckpointError(f"{directory}/state.json, contract: {error}") from error
+    if contract.image_size != config.image_size:
+        raise CheckpointError(
+            f"{directory}/state.json contradicts itself: contract.image_size = {contract.image_size}, "
+            f"config.model.image_size = {config.image_size}. Take a checkpoint that `aroface train` wrote."
+        )
+    return config, contract
+
+
+def _name(config: ModelConfig) -> str:
+    width = "" if config.width == 1 else f"-w{config.width:g}"
+    return f"{config.kind}{config.depth}{width}"
