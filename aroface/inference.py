@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from aroface.config.load import parse_config
 from aroface.config.schema import ModelConfig, TrainConfig
 from aroface.contract import InputContract
-from aroface.engine.checkpoint_layout import read_state, resolve_checkpoint, verify_checkpoint
+from aroface.engine.checkpoint_layout import BACKBONE_FILE, STATE_FILE, read_state, resolve_checkpoint
 from aroface.errors import CheckpointError
 from aroface.files import sha256_of
 from aroface.models import IResNet, build_backbone
@@ -24,8 +24,6 @@ from aroface.preprocess import normalise
 __all__ = ["InferencePrecision", "TorchEmbedder", "TrainedModel", "load_embedder", "load_model", "untrained_model"]
 
 InferencePrecision = Literal["fp32", "bf16"]
-
-_WEIGHTS_NAME = "backbone.safetensors"
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,9 @@ def load_model(path: Path) -> TrainedModel:
         CheckpointError: no whole checkpoint there, or its parts do not belong together.
     """
     directory = resolve_checkpoint(path)
-    verify_checkpoint(directory)
     config, contract = _read_description(directory)
     backbone = build_backbone(config)
-    weights = directory / _WEIGHTS_NAME
+    weights = directory / BACKBONE_FILE
     try:
         backbone.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
@@ -147,16 +144,16 @@ def _read_description(directory: Path) -> tuple[ModelConfig, InputContract]:
     missing = [key for key in ("config", "contract") if key not in state]
     if missing:
         raise CheckpointError(
-            f"{directory}/state.json lacks {' and '.join(missing)}; take a checkpoint that `aroface train` wrote."
+            f"{directory / STATE_FILE} lacks {' and '.join(missing)}; take a checkpoint that `aroface train` wrote."
         )
-    config = parse_config(state["config"], TrainConfig, name=f"{directory}/state.json, config").model
+    config = parse_config(state["config"], TrainConfig, name=f"{directory / STATE_FILE}, config").model
     try:
         contract = InputContract.model_validate(state["contract"])
     except ValidationError as error:
-        raise CheckpointError(f"{directory}/state.json, contract: {error}") from error
+        raise CheckpointError(f"{directory / STATE_FILE}, contract: {error}") from error
     if contract.image_size != config.image_size:
         raise CheckpointError(
-            f"{directory}/state.json contradicts itself: contract.image_size = {contract.image_size}, "
+            f"{directory / STATE_FILE} contradicts itself: contract.image_size = {contract.image_size}, "
             f"config.model.image_size = {config.image_size}. Take a checkpoint that `aroface train` wrote."
         )
     return config, contract
