@@ -1,0 +1,82 @@
+"""Batches from a shard data set: threads of the training process decode ahead, straight into uint8 arrays.
+
+The JPEG decoder releases the interpreter lock, so threads scale and no batch crosses a process boundary; measured on
+112-px faces that is twice the images per CPU-second of worker processes.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from aroface.types import Batch
+from shards.dataset import ShardDataset
+
+__all__ = ["iterate_batches"]
+
+_PREFETCHED_BATCHES = 3
+
+
+def iterate_batches(
+    dataset: ShardDataset,
+    *,
+    seed: int,
+    start_position: int,
+    num_batches: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[Batch]:
+    """Micro-batches of one rank, in order.
+
+    Batch b holds the positions start + b * batch_size * world_size + rank + i * world_size, i in [0, batch_size), so
+    that all ranks together walk through the stream without a gap. Closing the iterator stops the threads.
+
+    Args:
+        dataset: the shards.
+        seed: of the order.
+        start_position: global position of the first sample of the first batch.
+        num_batches: batches to deliver.
+        batch_size: images per batch and rank.
+        rank: this rank, in [0, world_size).
+        world_size: ranks that share the stream.
+
+    Raises:
+        DataError: more unreadable samples than the data set tolerates.
+    """
+    lanes = np.arange(batch_size, dtype=np.int64) * world_size + rank
+    pin = torch.cuda.is_available()
+    pieces = max(1, min(dataset.workers, batch_size))
+
+    def start(batch: int) -> tuple[Batch, list[Future[None]]]:
+        positions = start_position + batch * batch_size * world_size + lanes
+        samples = dataset.samples_at(positions, seed=seed)
+        size = dataset.image_size
+        images = torch.empty((batch_size, size, size, 3), dtype=torch.uint8, pin_memory=pin)
+        labels = torch.empty(batch_size, dtype=torch.int64, pin_memory=pin)
+        image_rows, label_rows = images.numpy(), labels.numpy()
+        futures = [
+            pool.submit(dataset.fill, samples[part], image_rows[part], label_rows[part])
+            for part in (slice(i, None, pieces) for i in range(pieces))
+        ]
+        return Batch(images, labels, torch.from_numpy(samples)), futures
+
+    pool = ThreadPoolExecutor(dataset.workers, thread_name_prefix="decode")
+    try:
+        running: deque[tuple[Batch, list[Future[None]]]] = deque()
+        for batch in range(num_batches):
+            running.append(start(batch))
+            if len(running) > _PREFETCHED_BATCHES:
+                yield _finished(*running.popleft())
+        while running:
+            yield _finished(*running.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(batch: Batch, futures: list[Future[None]]) -> Batch:
+    for future in futures:
+        future.result()
+    return batch
