@@ -99,14 +99,17 @@ def verify_checkpoint(directory: Path) -> None:
         CheckpointError: no COMPLETE, another format, or a file that is missing, of another length or of other bytes.
     """
     if not (directory / _COMPLETE_FILE).is_file():
-        raise CheckpointError(f"{directory} is not a whole checkpoint: it has no COMPLETE file. The save was cut short.")
+        raise CheckpointError(
+            f"{directory} is not a whole checkpoint: it has no COMPLETE file. The save was cut short."
+        )
     try:
         complete = read_json(directory / _COMPLETE_FILE)
     except DataError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     if complete.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{directory} has checkpoint format {complete.get('format_version')!r}; this version reads {FORMAT_VERSION}."
+            f"{directory} has checkpoint format {complete.get('format_version')!r}; "
+            f"this version reads {FORMAT_VERSION}."
         )
     for name, expected in complete["files"].items():
         path = directory / name

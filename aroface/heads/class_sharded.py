@@ -92,13 +92,15 @@ class ShardedHead(nn.Module):
             norms = gathered.detach().norm(dim=1)
             if update_statistics:
                 self._update_statistics(norms)
-            return self._losses(unit_rows(gathered), norms, targets, step=step, record_sample=update_statistics)
+            return self._losses(unit_rows(gathered), norms, targets, step=step, is_training=update_statistics)
 
-    def _losses(self, unit: Tensor, norms: Tensor, labels: Tensor, *, step: int, record_sample: bool) -> Tensor:
+    def _losses(self, unit: Tensor, norms: Tensor, labels: Tensor, *, step: int, is_training: bool) -> Tensor:
         start, stop = self.class_range
         is_mine = (labels >= start) & (labels < stop)
         local = torch.where(is_mine, labels - start, -1)
-        weights, local = self._sample(local, step=step, record=record_sample)
+        weights, local = self._sample(local, step=step, record=is_training)
+        if not is_training:
+            weights = weights.detach()  # the adversary wants the gradient of the images alone
         mine = is_mine.nonzero().squeeze(1)
         cosines = (unit[mine] * unit_rows(weights[local[mine]])).sum(1).clamp(-1, 1)
         target = self.config.logit_scale * self._margin(cosines, norms[mine])

@@ -1,0 +1,65 @@
+"""Train a model from one configuration file.
+
+The run directory keeps the resolved configuration, metrics.jsonl, TensorBoard events and checkpoints. Started again
+with the same command it continues where it stopped; SIGTERM and Ctrl-C finish the step, save, and exit with 0.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aroface.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from aroface.engine.trainer import Resume
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with the whole configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change; values are YAML")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the newest whole checkpoint in DIR if there is one (default); never: DIR must be new; "
+        "PATH: from that checkpoint or run directory",
+    )
+    parser.add_argument("--check", action="store_true", help="build everything, run two batches, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train."""
+    config = load_config(args.config, TrainConfig, args.overrides)
+    from aroface.engine.trainer import Trainer
+    from shards.dataset import ShardDataset
+
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.engine.threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
+    data = ShardDataset(
+        Path(config.data.shards),
+        image_size=config.model.image_size,
+        min_images_per_identity=config.data.min_images_per_identity,
+        workers=config.data.workers,
+        max_bad_samples=config.data.max_bad_samples,
+    )
+    resume: Resume = args.resume if args.resume in ("auto", "never") else Path(args.resume)
+    trainer = Trainer(config, data, args.run, resume=resume)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        print(trainer.describe(), flush=True)
+    if args.check:
+        loss = trainer.check()
+        if is_main:
+            print(f"check passed: loss of an untrained batch {loss:.3f}")
+        return 0
+    result = trainer.train()
+    if is_main:
+        state = "stopped at" if result.was_interrupted else "finished"
+        loss_text = "" if result.loss is None else f", loss {result.loss:.3f}"
+        print(f"{state} step {result.position.step} of {result.total_steps}{loss_text}; checkpoints in {args.run}")
+    return 0
