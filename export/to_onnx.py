@@ -36,6 +36,8 @@ OPSET_VERSION = 20
 _MAX_FILE_BYTES = (1 << 31) - 1  # a protobuf message, and so a self-contained ONNX file, ends at 2 GiB
 _MAX_TRACED_BATCH = 4096  # bound for the tracer only; the graph takes any batch
 
+_EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
+
 _log = logging.getLogger(__name__)
 
 
@@ -156,15 +158,17 @@ def _drop_trace(proto: onnx.ModelProto) -> None:
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Send what the exporter prints to the debug log, and hold back its notes on packages we do not use."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _EXPORTER_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     printed = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
             warnings.simplefilter("ignore")
             yield
     finally:
-        exporter.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if printed.getvalue():
             _log.debug("%s", printed.getvalue().rstrip())
