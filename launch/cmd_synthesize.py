@@ -1,4 +1,4 @@
-"""Draw synthetic identities: cartoon faces with pose, light, expression and blur, to try things on without photographs."""
+"""Draw synthetic identities: faces with pose, light, expression and blur, to try things on without photographs."""
 
 import argparse
 from pathlib import Path

@@ -1,0 +1,46 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aroface.files import sha256_of
+from launch.cli import main
+from tests.helpers.face_folders import write_faces
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
+
+
+def test_pack_then_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faces = write_faces(tmp_path / "faces", {"ada": 3, "bob": 2})
+    keep = tmp_path / "keep.txt"
+    keep.write_text("ada\n")
+    out = tmp_path / "out"
+    assert main(["pack", str(faces), str(out), "--identities", str(keep), "--workers", "1"]) == 0
+    assert "images               3" in capsys.readouterr().out
+    assert main(["verify", str(out)]) == 0
+    (out / "shard-000000.idx").unlink()
+    assert main(["verify", str(out)]) == 2
+    assert "shard-000000.idx is missing" in capsys.readouterr().out
+
+
+def test_a_killed_packing_is_continued(tmp_path: Path) -> None:
+    faces = write_faces(tmp_path / "faces", {f"id{i:03d}": 20 for i in range(40)})
+    out = tmp_path / "out"
+    command = ["-m", "launch", "pack", str(faces), str(out), "--samples-per-shard", "4", "--workers", "2"]
+    with subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL) as packer:
+        while len(list((out / ".packing").glob("shard-*.json"))) < 5 and packer.poll() is None:
+            time.sleep(0.01)
+        os.kill(packer.pid, signal.SIGKILL)
+    assert not (out / "manifest.json").exists()
+    first = (out / "shard-000000.tar").stat().st_mtime_ns
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == first
+    command[4] = str(tmp_path / "fresh")
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    assert hashes(out) == hashes(tmp_path / "fresh")
