@@ -15,7 +15,7 @@ _PREFIX = "aroface."
 
 #: uint8_nhwc: (N, S, S, 3) RGB pixels, preprocessing in the graph. float_nchw: (N, 3, S, S) preprocessed by the caller.
 InputLayout = Literal["uint8_nhwc", "float_nchw"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32"]
 
 
 class ModelMetadata(BaseModel):

@@ -16,7 +16,7 @@ from export.runtime import OnnxEmbedder
 __all__ = ["COSINE_LIMITS", "NUM_PARITY_FACES", "ParityReport", "check_parity", "sample_faces", "synthetic_faces"]
 
 #: Smallest cosine between the embeddings of one face, by the precision of the export.
-COSINE_LIMITS: dict[Precision, float] = {"fp32": 0.9999, "fp16": 0.999}
+COSINE_LIMITS: dict[Precision, float] = {"fp32": 0.9999}
 
 _BATCH_SIZES = (1, 3, 8)
 NUM_PARITY_FACES = sum(_BATCH_SIZES)
