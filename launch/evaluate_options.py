@@ -1,0 +1,87 @@
+"""Options and output that the evaluation commands share."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from retrieval.metrics.rules import RULES
+
+__all__ = ["RateList", "add_rule", "counts", "positive", "print_record", "rates"]
+
+
+class RateList(tuple[str, ...]):
+    """Rates as they were written; `values` are the numbers."""
+
+    @property
+    def values(self) -> list[float]:
+        """The rates as floats."""
+        return [float(text) for text in self]
+
+
+def rates(text: str) -> RateList:
+    """Parse `1e-4,1e-3`: comma-separated rates in (0, 1]."""
+    labels = RateList(part.strip() for part in text.split(","))
+    for label in labels:
+        try:
+            value = float(label)
+        except ValueError:
+            value = -1.0
+        if not 0 < value <= 1:
+            raise argparse.ArgumentTypeError(f"{label!r} is not a rate; write numbers in (0, 1] such as 0.01 or 1e-4")
+    return labels
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.strip().isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Parse `1,5,10`: comma-separated whole numbers of at least 1."""
+    return [positive(part) for part in text.split(",")]
+
+
+def add_rule(parser: argparse.ArgumentParser) -> None:
+    """Declare --rule."""
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        default="canonical",
+        help="how a rate becomes a threshold; the others only to compare with numbers made by them (%(default)s)",
+    )
+
+
+def print_record(record: Mapping[str, Any], *, title: str, say: Callable[[Any], None] = Console().print) -> None:
+    """The metrics of one record as a table on stdout."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for heading in ("metric", "value", "95 % interval", "K", "realised", "threshold"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for name, entry in record["metrics"].items():
+        if entry["value"] is None:
+            table.add_row(name, "-", entry["reason"], "", "", "")
+            continue
+        interval = entry.get("ci95")
+        support = "" if entry.get("supported", True) else " *"
+        table.add_row(
+            name,
+            f"{100 * entry['value']:.2f} %{support}",
+            f"{100 * interval[0]:.2f} - {100 * interval[1]:.2f}" if interval else "",
+            _number(entry.get("k"), "d"),
+            _number(entry.get("realised"), ".2e"),
+            _number(entry.get("threshold"), ".4f"),
+        )
+    table.caption = (
+        ", ".join(f"{name} {value}" for name, value in record["counts"].items()) + f"; rule {record['rule']}"
+    )
+    say(table)
+    for warning in record["warnings"]:
+        say(f"* {warning}")
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)

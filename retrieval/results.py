@@ -1,0 +1,259 @@
+"""The result record: what an evaluation writes, and what the report reads. JSON without NaN.
+
+    {"protocol", "format_version", "rule", "counts": {...},
+     "metrics": {"rank_1": {"value", "ci95": [low, high], ...}, "tpir@fpir=0.01": {...}, "tar@far=1e-4": {...}},
+     "curves": {...}, "conditions": {name: {"counts", "metrics", "curves"}}, "inputs": {...}, "warnings": [...]}
+
+A value that does not exist is null and carries a `reason`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aroface.errors import DataError
+from aroface.files import read_json, sha256_of, write_json
+from retrieval.metrics.identification import IdentificationResult, OpenSetPoint
+from retrieval.metrics.intervals import Interval
+from retrieval.metrics.rules import MIN_SUPPORTED
+from retrieval.metrics.verification import VerificationPoint, VerificationResult, det_curve
+
+__all__ = [
+    "FORMAT_VERSION",
+    "file_hashes",
+    "identification_record",
+    "metric",
+    "read_result",
+    "result_record",
+    "verification_record",
+    "write_result",
+]
+
+FORMAT_VERSION = 1
+_CMC_LENGTH = 100
+_CURVE_POINTS = 200
+_HISTOGRAM_BINS = 50
+
+
+def metric(
+    value: float | None, *, interval: Interval | None = None, reason: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """One entry of `metrics`."""
+    entry: dict[str, Any] = {"value": value}
+    if value is None:
+        entry["reason"] = reason or "not defined on these data"
+    entry["ci95"] = [interval.low, interval.high] if interval else None
+    if interval:
+        entry["ci95_method"] = interval.method
+    return entry | more
+
+
+def result_record(
+    protocol: str,
+    rule: str,
+    *,
+    counts: Mapping[str, int],
+    metrics: Mapping[str, Any],
+    curves: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """A record with the keys that every protocol has."""
+    return {
+        "protocol": protocol,
+        "format_version": FORMAT_VERSION,
+        "rule": rule,
+        "counts": dict(counts),
+        "metrics": dict(metrics),
+        "curves": dict(curves or {}),
+        "warnings": list(warnings),
+        **more,
+    }
+
+
+def write_result(path: Path, record: Mapping[str, Any]) -> None:
+    """Write one record, atomically."""
+    write_json(path, record)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read one record.
+
+    Raises:
+        DataError: not a result of `aroface evaluate`, or of another format version.
+    """
+    record = read_json(path)
+    if not {"protocol", "metrics", "counts"} <= record.keys():
+        raise DataError(f"{path} is not a result of `aroface evaluate`: it lacks protocol, metrics or counts.")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has result format {record.get('format_version')!r}; this version reads {FORMAT_VERSION}."
+        )
+    return record
+
+
+def file_hashes(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 by file name, for `inputs`."""
+    return {path.name: sha256_of(path) for path in paths}
+
+
+def verification_record(result: VerificationResult, *, far_labels: Sequence[str]) -> dict[str, Any]:
+    """Counts, metrics, curves and warnings of a list of pairs.
+
+    Args:
+        result: from `evaluate_verification`.
+        far_labels: how each rate is written in its key, such as `1e-4`.
+    """
+    metrics = {f"tar@far={label}": _tar(point) for label, point in zip(far_labels, result.points, strict=True)}
+    reason = result.points[0].reason if result.points else None
+    metrics["accuracy"] = metric(
+        result.accuracy,
+        reason=reason,
+        threshold=result.accuracy_threshold,
+        note="best threshold chosen on these pairs: optimistic",
+    )
+    weak = [label for label, p in zip(far_labels, result.points, strict=True) if p.point and not p.is_supported]
+    counts = {
+        "pairs": result.num_genuine + result.num_impostor,
+        "genuine": result.num_genuine,
+        "impostor": result.num_impostor,
+        "fte_pairs": result.num_failed,
+    }
+    curves: dict[str, Any] = {}
+    genuine, impostor = result.genuine, result.impostor
+    if result.num_genuine and result.num_impostor:
+        fmr, fnmr = det_curve(genuine, impostor, points=_CURVE_POINTS)
+        curves["det"] = {"fmr": fmr, "fnmr": fnmr, "impostors": result.num_impostor}
+        curves["scores"] = _histogram(genuine, impostor)
+    return {"counts": counts, "metrics": metrics, "curves": curves, "warnings": _weak_warning("FAR", weak)}
+
+
+def _tar(point: VerificationPoint) -> dict[str, Any]:
+    if point.point is None:
+        return metric(None, reason=point.reason)
+    return metric(
+        point.tar,
+        interval=point.interval,
+        k=point.point.k,
+        realised=point.point.realised,
+        threshold=_finite(point.point.threshold),
+        supported=point.is_supported,
+    )
+
+
+def identification_record(result: IdentificationResult, *, fpir_labels: Sequence[str]) -> dict[str, Any]:
+    """Counts, metrics, curves and warnings of a search.
+
+    Args:
+        result: from `evaluate_identification`.
+        fpir_labels: how each rate is written in its key, such as `0.01`.
+    """
+    several = len(result.searches) > 1
+    metrics: dict[str, Any] = {}
+    for (k, value, interval), mean, (_, enrolled) in zip(
+        result.ranks, result.mean_over_galleries, result.enrolled_ranks, strict=True
+    ):
+        more: dict[str, Any] = {"value_enrolled_only": enrolled}
+        if several:
+            more["mean_of_galleries"] = mean
+        metrics[f"rank_{k}"] = metric(value, interval=interval, reason="no mated searches", **more)
+    for label, point in zip(fpir_labels, result.open_set, strict=True):
+        metrics[f"tpir@fpir={label}"] = _tpir(point)
+    counts = {
+        "probes": len(result.searches[0].best),
+        "galleries": len(result.searches),
+        "mated": result.num_mated,
+        "non_mated": result.num_non_mated,
+        "fte_probes": result.num_probe_failures,
+        "fte_gallery": result.num_gallery_failures,
+        "tied_ranks": result.num_tied,
+    }
+    weak = [
+        label
+        for label, p in zip(fpir_labels, result.open_set, strict=True)
+        if p.tpir is not None and not p.is_supported
+    ]
+    warnings = _weak_warning("FPIR", weak)
+    if result.num_tied:
+        warnings.append(
+            f"{result.num_tied} probes have another rank when ties are broken in their favour: look for duplicate or "
+            "zero embeddings."
+        )
+    curves: dict[str, Any] = {"cmc": result.cmc(_CMC_LENGTH), "mated": result.num_mated}
+    curves["iet"] = [_iet(search, result.candidates) for search in result.searches]
+    return {
+        "counts": counts,
+        "metrics": metrics,
+        "curves": curves,
+        "warnings": warnings,
+        "candidates": result.candidates,
+        "rank_level": result.rank_level,
+    }
+
+
+def _tpir(point: OpenSetPoint) -> dict[str, Any]:
+    if point.tpir is None:
+        return metric(None, reason=point.reason, value_rank_l=None, supported=False)
+    more: dict[str, Any] = {"value_rank_l": point.tpir_rank_l}
+    if point.galleries:
+        return metric(
+            point.tpir,
+            **more,
+            k=min(p.point.k for p in point.galleries if p.point),
+            realised=float(np.mean([p.point.realised for p in point.galleries if p.point])),
+            threshold=None,
+            supported=point.is_supported,
+            galleries=[_tpir(p) for p in point.galleries],
+        )
+    assert point.point is not None  # noqa: S101 - a value has a threshold
+    interval_l = point.interval_rank_l
+    return metric(
+        point.tpir,
+        interval=point.interval,
+        **more,
+        ci95_rank_l=[interval_l.low, interval_l.high] if interval_l else None,
+        k=point.point.k,
+        realised=point.point.realised,
+        threshold=_finite(point.point.threshold),
+        supported=point.is_supported,
+    )
+
+
+def _iet(search: Any, candidates: int) -> dict[str, Any]:
+    """FNIR against FPIR of one gallery, at rank 1 and within the candidate list."""
+    mated, non_mated = search.mated_best, search.non_mated_best
+    if not len(mated) or not len(non_mated):
+        return {"fpir": [], "fnir": [], "fnir_rank_l": [], "non_mated": len(non_mated)}
+    rank = search.rank[search.is_mated]
+    first = np.where(rank <= 1, mated, -np.inf)
+    listed = np.where(rank <= candidates, mated, -np.inf)
+    fpir, fnir = det_curve(first, non_mated, points=_CURVE_POINTS)
+    _, fnir_l = det_curve(listed, non_mated, points=_CURVE_POINTS)
+    return {"fpir": fpir, "fnir": fnir, "fnir_rank_l": fnir_l, "non_mated": len(non_mated)}
+
+
+def _histogram(genuine: NDArray[np.float32], impostor: NDArray[np.float32]) -> dict[str, Any]:
+    low = float(min(genuine[np.isfinite(genuine)].min(initial=0), impostor[np.isfinite(impostor)].min(initial=0)))
+    edges = np.linspace(low, 1.0, _HISTOGRAM_BINS + 1)
+    return {
+        "edges": edges.tolist(),
+        "genuine": np.histogram(genuine, edges)[0].tolist(),
+        "impostor": np.histogram(impostor, edges)[0].tolist(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _weak_warning(rate: str, labels: Sequence[str]) -> list[str]:
+    if not labels:
+        return []
+    return [
+        f"{rate} {', '.join(labels)}: fewer than {MIN_SUPPORTED} false positives stand behind the threshold; "
+        "not statistically supported (rule of 30)."
+    ]
