@@ -1,7 +1,7 @@
 """Options and output that the evaluation commands share."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -56,8 +56,9 @@ def add_rule(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_record(record: Mapping[str, Any], *, title: str, say: Callable[[Any], None] = Console().print) -> None:
+def print_record(record: Mapping[str, Any], *, title: str) -> None:
     """The metrics of one record as a table on stdout."""
+    say = Console().print
     table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in ("metric", "value", "95 % interval", "K", "realised", "threshold"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")

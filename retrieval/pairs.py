@@ -44,8 +44,8 @@ def read_index_pairs(path: Path, *, num_rows: int) -> tuple[NDArray[np.int64], N
     if outside.any():
         first = int(outside.argmax())
         raise DataError(
-            f"{path}: pair {first + 1} is {','.join(map(str, rows[first]))}; indices must be 0 to {num_rows - 1} and the "
-            "label 0 or 1."
+            f"{path}: pair {first + 1} is {','.join(map(str, rows[first]))}; indices must be 0 to "
+            f"{num_rows - 1} and the label 0 or 1."
         )
     return rows[:, 0], rows[:, 1], rows[:, 2] == 1
 

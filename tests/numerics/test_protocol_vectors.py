@@ -1,4 +1,4 @@
-"""The protocol vectors TV-1 to TV-12: hand-computed cases, checked against the public evaluators when they were made."""
+"""The protocol vectors TV-1 to TV-12: hand-computed, checked against the public evaluators when they were made."""
 
 import json
 from pathlib import Path
