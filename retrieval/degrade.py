@@ -1,8 +1,8 @@
 """Degraded faces: alignment errors and low resolution, drawn from the name of the image.
 
 Every draw is a function of (task, image key, trial): the same picture meets the same error whatever the model, the
-order or the number of threads. The geometry is that of the FAE-1 family of the evaluation protocols: in pixels of the 112-px
-crop, x right and y down, a point x of the aligned face moves to `s R(theta) (x - c) + c + t` with c = (55.5, 55.5).
+order or the number of threads. The geometry is that of the FAE-1 family of the evaluation protocols: in pixels of the
+112-px crop, x right and y down, a point x of the aligned face moves to `s R(theta) (x - c) + c + t`, c = (55.5, 55.5).
 """
 
 import hashlib
