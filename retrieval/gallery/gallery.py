@@ -27,7 +27,7 @@ from retrieval.gallery.store import (
 
 __all__ = ["Gallery"]
 
-_BLOCK_ROWS = 1 << 14
+_BLOCK_ROWS = 1 << 12
 _NAMED_ROWS = 5
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Candidate", "Level", "search_index"]
+__all__ = ["Candidate", "Level", "as_candidates", "search_index"]
 
 #: `entry`: every enrolled entry is a candidate. `subject`: one per subject, with its best entry.
 Level = Literal["entry", "subject"]

@@ -28,7 +28,19 @@ from aroface.contract import InputContract
 from aroface.errors import DataError
 from aroface.files import atomic_path, read_json, sha256_of, write_json
 
-__all__ = ["Entries", "FileRecord", "IndexKind", "Manifest", "commit", "is_gallery", "read_state", "write_lock"]
+__all__ = [
+    "Entries",
+    "FileRecord",
+    "IndexKind",
+    "Manifest",
+    "check_new",
+    "commit",
+    "concatenated",
+    "is_gallery",
+    "read_manifest",
+    "read_state",
+    "write_lock",
+]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

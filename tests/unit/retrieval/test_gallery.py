@@ -1,5 +1,6 @@
 """The gallery against brute force in NumPy, and against everything that must be refused."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,17 @@ def test_missing_files_and_other_formats_are_explained(tmp_path: Path) -> None:
     (tmp_path / "g" / gallery.manifest.embeddings.name).unlink()
     with pytest.raises(DataError, match=r"is missing\. Restore it"):
         Gallery.open(tmp_path / "g")
+
+
+def test_changes_are_streamed(tmp_path: Path) -> None:
+    gallery = Gallery.build(tmp_path / "g", _vectors(60_000, 128), np.arange(60_000))
+    new = _vectors(10, 128, seed=1)
+    size = gallery.embeddings.nbytes
+    tracemalloc.start()
+    gallery.add(new, [f"new{i}" for i in range(10)]).remove(subject_ids=["new3"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size  # ids and one block; the vectors alone would take `size` for one copy
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
