@@ -64,7 +64,10 @@ def realign(
 
 @contextmanager
 def frozen_statistics(module: nn.Module, mode: Literal["batch", "running"]) -> Iterator[None]:
-    """Forward passes inside leave no trace in batch-norm statistics, and dropout is off.
+    """Forward passes inside leave no trace in batch-norm statistics; dropout is off, and parameters are constants.
+
+    Constants, because the adversary wants the gradient of the images alone: what is recorded here never forms a
+    gradient of a weight.
 
     Args:
         module: the backbone.
@@ -74,8 +77,11 @@ def frozen_statistics(module: nn.Module, mode: Literal["batch", "running"]) -> I
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m, m.training, m.track_running_stats) for m in norms]
     dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     buffers = [(m, m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         for dropout in dropouts:
             dropout.eval()
         for norm in norms:
@@ -87,6 +93,8 @@ def frozen_statistics(module: nn.Module, mode: Literal["batch", "running"]) -> I
                 norm.running_mean = norm.running_var = None
         yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for dropout in dropouts:
             dropout.train()
         for norm, mean, var, count in buffers:

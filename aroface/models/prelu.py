@@ -56,6 +56,8 @@ class _RowwisePReLU(torch.autograd.Function):
         rows = _rows(x)
         slopes = weight.to(x.dtype).repeat(rows.shape[1] // x.shape[1])
         ctx.save_for_backward(x, weight)
+        if bool((weight <= 1).all()):
+            return _unrows(torch.maximum(rows, rows * slopes), x)  # the same values in one pass less
         return _unrows(rows.clamp_min(0).addcmul_(rows.clamp_max(0), slopes), x)
 
     @staticmethod
