@@ -1,0 +1,35 @@
+"""Every shipped configuration loads, says where it comes from, and describes a network that can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from aroface.config import TrainConfig, dump_config, load_config, parse_config
+from aroface.config.load import read_yaml
+from aroface.models import build_backbone
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/recipes/*.yaml")])
+HEADER = ("# Source:", "# Expected:", "# Hardware:", "# Command:")
+
+
+def test_there_are_configurations():
+    assert len(FILES) >= 3
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_header_is_complete(path):
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    for heading in HEADER:
+        assert any(line.startswith(heading) and len(line) > len(heading) + 3 for line in comments), heading
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_loads_builds_and_survives_a_round_trip(path):
+    config = load_config(path, TrainConfig)
+    assert parse_config(read_yaml(dump_config(config), name="dump"), TrainConfig, name="dump") == config
+    with torch.device("meta"):
+        backbone = build_backbone(config.model)
+    assert sum(p.numel() for p in backbone.parameters()) > 0
