@@ -161,9 +161,10 @@ class BackboneEngine:
         self._sgd = optimizer
         self._trained = trained
         self._stage = config.engine.zero_stage
-        for state in optimizer.state.values():
-            if state.get("momentum_buffer") is not None:
-                state["momentum_buffer"].zero_()
+        # A zero momentum equals none, and unlike none it can be saved and set before the first step.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @property
     def module(self) -> nn.Module:
@@ -240,6 +241,9 @@ class BackboneEngine:
 
         if self._stage == 3:
             raise ConfigError("Resuming with engine.zero_stage = 3 is not supported; resume with stage 0, 1 or 2.")
+        if self._stage in (1, 2):
+            # DeepSpeed ties parameters to their optimiser state at the first step; here it is wanted before.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._trained.items():
             value = momentum[name].to(parameter.device)
             if self._stage == 0:

@@ -97,9 +97,10 @@ def gather_terms(terms: Tensor) -> Tensor:
 class _GatherTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, terms: Tensor) -> Tensor:
-        gathered = terms.new_empty((distributed.get_world_size(), *terms.shape))
+        ranks = distributed.get_world_size()
+        gathered = terms.new_empty((ranks * len(terms), terms.shape[1]))
         distributed.all_gather_into_tensor(gathered, terms.contiguous())
-        return gathered
+        return gathered.view(ranks, *terms.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
