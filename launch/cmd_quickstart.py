@@ -10,9 +10,11 @@ import random
 from importlib.resources import files
 from pathlib import Path
 
+from aroface.config import TrainConfig, load_config
 from aroface.errors import DataError
 from aroface.files import atomic_path, new_directory
 from launch.quickstart import Stage, StageRecord, run_stages
+from shards.faces import open_face_set
 
 _TEST_SHARE = 0.2
 _SYNTHETIC_TRAIN_IDENTITIES = 1000
@@ -51,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages."""
+    config = args.config or _own_config(synthetic=args.data is None)
     _check_inputs(args)
+    load_config(config, TrainConfig, args.overrides)  # a misspelt setting costs no packing
     out: Path = new_directory(args.out, what="Output folder")
     first_stages, train, train_list, test = _sets(args, out)
-    config = args.config or _own_config(synthetic=args.data is None)
     pairs = args.pairs or _pairs_beside(args.test)
     stages = [*first_stages, *_stages(out, config, args.overrides, train, train_list, test, pairs)]
     records = run_stages(stages, record_path=out / "run.json", say=lambda line: print(line, flush=True))
@@ -69,6 +72,16 @@ def _check_inputs(args: argparse.Namespace) -> None:
         path: Path | None = getattr(args, option)
         if path is not None and not path.exists():
             raise DataError(f"--{option} {path} does not exist.")
+
+
+def _check_test_set(test: Path) -> None:
+    """Identification needs a gallery image and a probe of at least one person."""
+    identities = open_face_set(test).identities
+    if len(set(identities)) == len(identities):
+        raise DataError(
+            f"No identity of the test set {test} has two images, so there is no probe to identify. "
+            "Name a set with two or more images of some people."
+        )
 
 
 def _own_config(*, synthetic: bool) -> Path:
@@ -104,6 +117,7 @@ def _sets(args: argparse.Namespace, out: Path) -> tuple[list[Stage], Path, Path 
         )
         return [draw, draw_test], faces / "train", None, faces / "test"
     if args.test is not None:
+        _check_test_set(args.test)
         return [], args.data, None, args.test
     train_list, test_list = _split_identities(args.data, out)
     shards = out / "shards" / "test"
@@ -112,8 +126,6 @@ def _sets(args: argparse.Namespace, out: Path) -> tuple[list[Stage], Path, Path 
 
 
 def _split_identities(data: Path, out: Path) -> tuple[Path, Path]:
-    from shards.faces import open_face_set
-
     identities = sorted(set(open_face_set(data).identities))
     num_test = max(1, round(_TEST_SHARE * len(identities)))
     if len(identities) - num_test < 2:
