@@ -1,0 +1,33 @@
+"""Result files to one page of tables and curves: report.html, which opens without a network, and report.md.
+
+RESULT is what `aroface evaluate` wrote. The page says what each number means, and holds the warnings of the results.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="results of aroface evaluate")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the report")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="training run: curve, configuration, versions")
+    parser.add_argument("--stages", type=Path, metavar="RUN.json", help="record of the stages that quickstart writes")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="picture that aroface attack draws")
+    parser.add_argument(
+        "--references",
+        type=Path,
+        metavar="FILE.json",
+        help='published values: {"rows": [{protocol, metric, value, source}]}',
+    )
+    parser.add_argument("--title", default="Face recognition report", help="heading of the page (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, draw, write."""
+    from retrieval.report import read_inputs, write_report
+
+    inputs = read_inputs(args.results, run=args.run, stages=args.stages, grid=args.grid, references=args.references)
+    for page in write_report(inputs, args.out, title=args.title):
+        print(page)
+    return 0
