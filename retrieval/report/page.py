@@ -20,11 +20,11 @@ from retrieval.report.document import (
     Section,
     Table,
 )
-from retrieval.report.html import render_html
 from retrieval.report.inputs import ReportInputs, Run
-from retrieval.report.markdown import render_markdown
 from retrieval.report.plots import plot_training
 from retrieval.report.sections import result_sections
+from retrieval.report.to_html import render_html
+from retrieval.report.to_markdown import render_markdown
 from retrieval.report.wording import condition_name, interval, metric_name, percent, system_name
 
 __all__ = ["build_document", "write_report"]

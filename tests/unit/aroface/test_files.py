@@ -1,0 +1,79 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aroface.errors import DataError
+from aroface.files import atomic_path, new_directory, read_json, sha256_of, write_json
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_exception_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+
+    def fail_halfway():
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_sigkill_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom aroface.files import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(target)], cwd=ROOT, check=False)
+    assert result.returncode == -9
+    assert target.read_text() == "old"
+
+
+def test_success_replaces_the_file_with_ordinary_permissions(tmp_path):
+    target = tmp_path / "deep" / "file.txt"
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o644
+
+
+def test_json_round_trip_refuses_nan_and_names_what_is_wrong(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": [1, 2.5, None, "x"]})
+    assert read_json(path) == {"a": [1, 2.5, None, "x"]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path)["a"]
+    path.write_text("[1]")
+    with pytest.raises(DataError, match="an object is expected"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        read_json(path)
+    with pytest.raises(DataError, match="does not exist"):
+        read_json(tmp_path / "none.json")
+
+
+def test_hash_is_that_of_the_bytes(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_directories_that_hold_something_are_refused(tmp_path):
+    assert new_directory(tmp_path / "new", what="Output").is_dir()
+    new_directory(tmp_path / "new", what="Output")  # empty: accepted
+    (tmp_path / "new" / "x").write_text("")
+    with pytest.raises(DataError, match="Name another one, or remove it first"):
+        new_directory(tmp_path / "new", what="Output")
