@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aroface.config import TrainConfig, load_config
+from launch.threads import free_cores
 
 if TYPE_CHECKING:
     from aroface.engine.trainer import Resume
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.engine.threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        threads = max(1, free_cores() // local_ranks)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
     data = ShardDataset(
         Path(config.data.shards),

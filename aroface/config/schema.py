@@ -168,7 +168,7 @@ class EngineConfig(_Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed partitions over ranks; 1: optimiser state")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, with fp32 weights, norms and loss")
     channels_last: bool = Field(True, description="memory layout of images and activations; speed only")
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: cores / ranks")
+    threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: idle cores / ranks of the machine")
     deepspeed_extra: dict[str, Any] = Field(
         default_factory=dict, description="further DeepSpeed settings, checked by name"
     )
