@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["all_gather_rows", "all_reduce", "any_rank", "is_distributed", "rank", "world_size"]
+__all__ = ["all_gather_rows", "all_reduce", "any_rank", "barrier", "is_distributed", "rank", "world_size"]
 
 
 def is_distributed() -> bool:
@@ -42,6 +42,12 @@ def any_rank(condition: bool) -> bool:
         return condition
     device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"
     return bool(all_reduce(torch.tensor(float(condition), device=device), "max").item())
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_distributed():
+        distributed.barrier()
 
 
 def all_gather_rows(rows: Tensor, *, gradient_scale: float = 1.0) -> Tensor:

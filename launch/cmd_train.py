@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         max_bad_samples=config.data.max_bad_samples,
     )
     resume: Resume = args.resume if args.resume in ("auto", "never") else Path(args.resume)
-    trainer = Trainer(config, data, args.run, resume=resume)
+    trainer = Trainer(config, data, args.run, resume=resume, overrides=args.overrides)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         print(trainer.describe(), flush=True)

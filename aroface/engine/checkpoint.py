@@ -1,5 +1,6 @@
 """The state of a run into the canonical layout and back, at any number of ranks."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed
+from torch import Tensor, nn
 
 from aroface import __version__
 from aroface.config.schema import TrainConfig
+from aroface.distributed import barrier
 from aroface.engine.checkpoint_layout import (
     BACKBONE_FILE,
     FORMAT_VERSION,
@@ -32,7 +34,15 @@ from aroface.engine.task import contract_of
 from aroface.errors import CheckpointError
 from aroface.heads import HeadSGD, ShardedHead
 
-__all__ = ["RunPosition", "load_head", "restore_optimizers", "save_checkpoint", "versions"]
+__all__ = [
+    "RunPosition",
+    "load_backbone",
+    "load_head",
+    "load_weights",
+    "restore_optimizers",
+    "save_checkpoint",
+    "versions",
+]
 
 _HEAD_STATISTICS = ("norm_mean", "norm_std")
 
@@ -47,7 +57,13 @@ class RunPosition:
 
 def versions() -> dict[str, str]:
     """Versions of what shapes the numbers."""
-    return {"aroface": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    installed = {name: importlib.metadata.version(name) for name in ("deepspeed", "numpy", "safetensors")}
+    return {
+        "aroface": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **installed,
+    }
 
 
 def git_commit() -> str:
@@ -80,23 +96,18 @@ def save_checkpoint(
     temporary = run / f".step-{position.step:08d}.tmp"
     if head.rank == 0:
         start_checkpoint(run, position.step)
-    _barrier(head.world_size)
+    barrier()
     weights, momentum = engine.weights(), engine.momentum()
     _save_head(temporary / head_file(head.rank, head.world_size), head, head_optimizer)
-    _barrier(head.world_size)
+    barrier()
     if head.rank == 0:
         save_file(weights, temporary / BACKBONE_FILE)
         save_file(momentum, temporary / OPTIMIZER_FILE)
         write_state(temporary, _state(position, config, head, fingerprint))
         finish_checkpoint(temporary, run, position.step)
         prune(run, keep_last=config.checkpoint.keep_last)
-    _barrier(head.world_size)
+    barrier()
     return step_directory(run, position.step)
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        distributed.barrier()
 
 
 def _state(position: RunPosition, config: TrainConfig, head: ShardedHead, fingerprint: str) -> dict[str, Any]:
@@ -133,6 +144,24 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
     """State dict of the backbone."""
     weights: dict[str, Tensor] = load_file(directory / BACKBONE_FILE)
     return weights
+
+
+def load_backbone(directory: Path, backbone: nn.Module) -> None:
+    """Fill a backbone with the weights and batch-norm statistics of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is of another network.
+    """
+    weights = load_weights(directory)
+    own = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+    saved = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{directory / BACKBONE_FILE} is of another network: {len(wrong)} tensors differ, the first is {wrong[0]} "
+            f"with shape {saved.get(wrong[0])}, here {own.get(wrong[0])}. Set `model` as in its config.yaml."
+        )
+    backbone.load_state_dict(weights)
 
 
 def restore_optimizers(

@@ -86,6 +86,11 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
     for key, value in config.engine.deepspeed_extra.items():
         _check_extra(key)
         if key == "zero_optimization":
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"engine.deepspeed_extra.zero_optimization = {value!r} is not a group of settings; write "
+                    "{zero_optimization: {overlap_comm: false}}, or set engine.zero_stage for the stage."
+                )
             if "stage" in value:
                 raise ConfigError(
                     "engine.deepspeed_extra.zero_optimization.stage is set by engine.zero_stage; use that."
@@ -206,17 +211,22 @@ class BackboneEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """The whole state dict of the backbone in fp32 on the CPU; a collective, batch-norm statistics averaged."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        import deepspeed
 
-        state = {name: value.detach() for name, value in self.module.state_dict().items()}
-        if self._stage == 3:
-            state.update({name: safe_get_full_fp32_param(p) for name, p in self._trained.items()})
-        return {name: self._averaged(name, value).to("cpu", copy=True).contiguous() for name, value in state.items()}
+        self._average_statistics()
+        # Under stage 3 every rank holds a slice, of the frozen parameters too; elsewhere this gathers nothing.
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._stage == 3):
+            state = self.module.state_dict()
+            return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
-    def _averaged(self, name: str, value: Tensor) -> Tensor:
-        if not name.endswith(("running_mean", "running_var")) or distributed.get_world_size() == 1:
-            return value
-        return all_reduce(value.clone()) / distributed.get_world_size()
+    def _average_statistics(self) -> None:
+        """Give every rank the mean of the running statistics: the run goes on from what a resume would load."""
+        ranks = distributed.get_world_size()
+        if ranks == 1:
+            return
+        for name, value in self.module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                value.copy_(all_reduce(value.clone()) / ranks)
 
     def momentum(self) -> dict[str, Tensor]:
         """Momentum of every trained parameter, whole, fp32 on the CPU; a collective."""

@@ -1,5 +1,7 @@
 """A run directory: one configuration, its checkpoints and its metrics. Which checkpoint a run continues from."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,40 +12,63 @@ from aroface.engine.checkpoint_layout import list_checkpoints, newest_valid, res
 from aroface.errors import CheckpointError
 from aroface.files import atomic_path, write_json
 
-__all__ = ["CONFIG_FILE", "open_run"]
+__all__ = ["CONFIG_FILE", "DEEPSPEED_FILE", "choose_checkpoint", "record_run"]
 
 CONFIG_FILE = "config.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
 #: Sections that may change between a run and its continuation, because they do not change the result.
 _FREE_SECTIONS = frozenset({"engine", "checkpoint", "log"})
+_BOUND_KEYS = frozenset({"engine.precision"})
+
+logger = logging.getLogger(__name__)
 
 
-def open_run(
-    run: Path, config: TrainConfig, resume: Literal["auto", "never"] | Path, *, is_writer: bool
-) -> Path | None:
-    """Make or check the run directory; returns the checkpoint to continue from, None to start afresh.
+def choose_checkpoint(run: Path, config: TrainConfig, resume: Literal["auto", "never"] | Path) -> Path | None:
+    """The checkpoint to continue from, None to start afresh. Reads only, so every rank may ask before one writes.
 
     Raises:
         CheckpointError: `never` on a directory that holds a run, a path without a checkpoint, only damaged checkpoints,
-            or a run of another configuration.
+            a run of another configuration, or one that has gone further than the checkpoint at the path.
     """
-    stored = run / CONFIG_FILE
-    if resume == "never" and run.exists() and any(run.iterdir()):
-        raise CheckpointError(f"{run} is not empty and --resume never starts afresh. Name another --run, or remove it.")
-    source: Path | None = None
+    if resume == "never":
+        if run.exists() and any(run.iterdir()):
+            raise CheckpointError(
+                f"{run} is not empty and --resume never starts afresh. Name another --run, or remove it."
+            )
+        return None
+    if (run / CONFIG_FILE).is_file():
+        _check_same(run / CONFIG_FILE, config)
     if isinstance(resume, Path):
         source = resolve_checkpoint(resume)
-    elif resume == "auto":
-        if stored.is_file():
-            _check_same(stored, config)
-        source = newest_valid(run)
-        if source is None and list_checkpoints(run):
-            raise CheckpointError(f"{run} holds checkpoints, but none is whole. Name another --run to start afresh.")
-    if is_writer:
-        run.mkdir(parents=True, exist_ok=True)
-        with atomic_path(stored) as temporary:
-            temporary.write_text(dump_config(config), encoding="utf-8")
-        write_json(run / "environment.json", {"versions": versions(), "git_commit": git_commit()})
-    return source
+        _check_not_behind(run, source)
+        return source
+    found = newest_valid(run)
+    if found is None and list_checkpoints(run):
+        raise CheckpointError(f"{run} holds checkpoints, but none is whole. Name another --run to start afresh.")
+    if found is None and (run / CONFIG_FILE).is_file():
+        logger.info("%s holds no checkpoint yet; starting from the first step.", run)
+    return found
+
+
+def record_run(run: Path, config: TrainConfig, *, deepspeed: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:
+    """Write what runs: resolved configuration, DeepSpeed settings, overrides, versions, commit. Rank 0 only."""
+    run.mkdir(parents=True, exist_ok=True)
+    with atomic_path(run / CONFIG_FILE) as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
+    write_json(run / DEEPSPEED_FILE, dict(deepspeed))
+    write_json(
+        run / "environment.json", {"versions": versions(), "git_commit": git_commit(), "overrides": list(overrides)}
+    )
+
+
+def _check_not_behind(run: Path, source: Path) -> None:
+    """Later checkpoints of the same directory would win the next `auto`, though they belong to an abandoned course."""
+    later = [path for path in list_checkpoints(run) if path.name > source.name]
+    if later:
+        raise CheckpointError(
+            f"{run} already holds {later[-1].name}, later than {source.name}. Name another --run to branch off, "
+            "or remove the later checkpoints to go back."
+        )
 
 
 def _check_same(stored: Path, config: TrainConfig) -> None:
@@ -52,7 +77,7 @@ def _check_same(stored: Path, config: TrainConfig) -> None:
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in _FREE_SECTIONS
+        if before.get(key) != now.get(key) and (key in _BOUND_KEYS or key.split(".")[0] not in _FREE_SECTIONS)
     ]
     if changed:
         raise CheckpointError(

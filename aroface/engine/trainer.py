@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,12 +13,11 @@ from typing import Literal
 import torch
 
 from aroface.config.schema import TrainConfig
-from aroface.distributed import any_rank, rank, world_size
-from aroface.engine.checkpoint import RunPosition, load_weights, restore_optimizers, save_checkpoint
-from aroface.engine.checkpoint_layout import resolve_checkpoint
+from aroface.distributed import any_rank, barrier, rank, world_size
+from aroface.engine.checkpoint import RunPosition, load_backbone, restore_optimizers, save_checkpoint
 from aroface.engine.deepspeed_engine import BackboneEngine, NonFiniteGradientError, start_distributed
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
-from aroface.engine.run_directory import open_run
+from aroface.engine.run_directory import choose_checkpoint, record_run
 from aroface.engine.schedule import accumulation_steps, learning_rate, total_steps
 from aroface.engine.seeding import derive_seed
 from aroface.engine.task import FaceTask
@@ -53,13 +52,16 @@ class Trainer:
         run: run directory.
         resume: `auto` continues from the newest whole checkpoint of `run` if there is one; a path from that checkpoint
             or run; `never` wants an empty run directory.
+        overrides: settings changed on the command line, kept for the record.
 
     Raises:
         ConfigError: settings that do not fit the data or the ranks.
         CheckpointError: nothing to resume at a path, or a checkpoint of another run.
     """
 
-    def __init__(self, config: TrainConfig, data: TrainingData, run: Path, *, resume: Resume) -> None:
+    def __init__(
+        self, config: TrainConfig, data: TrainingData, run: Path, *, resume: Resume, overrides: Sequence[str] = ()
+    ) -> None:
         self.config, self._data, self._run = config, data, run
         self.device = start_distributed()
         self._rank, self._world = rank(), world_size()
@@ -68,17 +70,17 @@ class Trainer:
         self._accumulation = accumulation_steps(config, self._world)
         self._micro_batch = config.batch.global_batch // (self._accumulation * self._world)
         self.total_steps = total_steps(config, data.num_samples)
-        source = open_run(run, config, resume, is_writer=self._rank == 0)
-        self._build(source)
+        self._overrides = tuple(overrides)
+        self._build(choose_checkpoint(run, config, resume))
+        barrier()  # every rank has looked at the run directory before rank 0 writes there
         self._stop_requested = False
 
-    def _build(self, source: Path | None) -> None:
+    def _build(self, directory: Path | None) -> None:
         config = self.config
-        directory = resolve_checkpoint(source) if source else None
         torch.manual_seed(derive_seed(config.seed, "backbone weights"))
         backbone = build_backbone(config.model)
         if directory:
-            backbone.load_state_dict(load_weights(directory))
+            load_backbone(directory, backbone)
         # The weights stay contiguous, for DeepSpeed flattens them; the layout of the images decides that of the rest.
         self._engine = BackboneEngine(backbone.to(self.device), config, self._world)
         self._head = build_head(
@@ -130,6 +132,7 @@ class Trainer:
         config = self.config
         log = None
         if self._rank == 0:
+            record_run(self._run, config, deepspeed=self._engine.settings, overrides=self._overrides)
             log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}

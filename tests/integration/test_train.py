@@ -131,7 +131,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(tmp_path, drawn_shards
 def test_check_builds_everything_and_trains_nothing(tmp_path, drawn_shards, capsys):
     assert train(tmp_path / "run", drawn_shards, options=["--check"]) == 0
     assert "check passed" in capsys.readouterr().out
-    assert not list((tmp_path / "run").glob("step-*"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,7 @@ def test_check_builds_everything_and_trains_nothing(tmp_path, drawn_shards, caps
         (["batch.micro_batch=5"], "batch.global_batch = 16 is not a multiple of batch.micro_batch = 5"),
         (["data.min_images_per_identity=100"], "leaves nothing"),
         (["engine.deepspeed_extra={gradient_cliping: 1}"], "gradient_cliping is not passed to DeepSpeed"),
+        (["engine.deepspeed_extra={zero_optimization: 1}"], "zero_optimization = 1 is not a group of settings"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, drawn_shards, capsys, overrides, message):
@@ -171,3 +172,30 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_batch(tmp_path, d
     assert "shard-000000.tar: id_" in message
     for directory in (tmp_path / "run").glob("step-*"):
         assert all(torch.isfinite(value).all() for value in load_file(directory / "backbone.safetensors").values())
+
+
+def test_the_run_directory_says_what_ran(tmp_path, drawn_shards):
+    short = ["schedule.epochs=0.5", "schedule.warmup_epochs=0"]
+    assert train(tmp_path / "run", drawn_shards, *short) == 0
+    assert json.loads((tmp_path / "run" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 1
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["overrides"][1:] == short
+    assert "deepspeed" in environment["versions"]
+
+
+def test_resume_from_a_path_keeps_one_course_in_a_directory(tmp_path, drawn_shards, capsys):
+    run = tmp_path / "run"
+    assert train(run, drawn_shards) == 0
+    step_5 = ["--resume", str(run / "step-00000005")]
+    assert train(run, drawn_shards, options=step_5) == 2
+    assert "already holds step-00000009, later than step-00000005" in capsys.readouterr().err
+    assert train(run, drawn_shards, "seed=1", options=step_5) == 2
+    assert "another configuration (seed: 0 -> 1)" in capsys.readouterr().err
+    assert train(run, drawn_shards, "engine.precision=fp32") == 2
+    assert "engine.precision: 'bf16' -> 'fp32'" in capsys.readouterr().err
+    before = tensors(run / "step-00000009")
+    assert train(tmp_path / "branch", drawn_shards, options=step_5) == 0
+    after = tensors(tmp_path / "branch" / "step-00000009")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert train(tmp_path / "wide", drawn_shards, "model.width=0.25", options=step_5) == 2
+    assert "backbone.safetensors is of another network" in capsys.readouterr().err
