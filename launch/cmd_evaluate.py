@@ -4,8 +4,8 @@
 """
 
 import argparse
-import importlib
-from collections.abc import Callable
+
+from launch.subcommands import declare, run_chosen
 
 #: protocol -> (module with add_arguments and run, one line of help)
 PROTOCOLS: dict[str, tuple[str, str]] = {
@@ -18,22 +18,9 @@ PROTOCOLS: dict[str, tuple[str, str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the protocols; each reads its own options."""
-    width = max(map(len, PROTOCOLS))
-    table = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in PROTOCOLS.items())
-    parser.epilog = f"protocols:\n{table}"
-    parser.add_argument("protocol", choices=PROTOCOLS, metavar="PROTOCOL", help=f"one of {', '.join(PROTOCOLS)}")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    declare(parser, PROTOCOLS, what="protocol")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one protocol."""
-    module = importlib.import_module(PROTOCOLS[args.protocol][0])
-    add: Callable[[argparse.ArgumentParser], None] = module.add_arguments
-    evaluate: Callable[[argparse.Namespace], int] = module.run
-    parser = argparse.ArgumentParser(
-        prog=f"aroface evaluate {args.protocol}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add(parser)
-    return evaluate(parser.parse_args(args.rest))
+    return run_chosen(args, PROTOCOLS, command="evaluate")

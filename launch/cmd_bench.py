@@ -1,0 +1,22 @@
+"""What this machine reaches, against its limit and against the usual way.
+
+Variants run interleaved in one process tree, so that a busy neighbour hurts all of them alike; only ratios are worth
+writing down. `aroface bench BENCHMARK --help` lists the options of a benchmark.
+"""
+
+import argparse
+
+from launch.subcommands import declare, run_chosen
+
+#: benchmark -> (module with add_arguments and run, one line of help)
+BENCHMARKS: dict[str, tuple[str, str]] = {}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmarks; each reads its own options."""
+    declare(parser, BENCHMARKS, what="benchmark")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one benchmark."""
+    return run_chosen(args, BENCHMARKS, command="bench")

@@ -1,0 +1,116 @@
+"""Time and memory of several ways to do one thing, measured side by side."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Measurement", "interleave", "machine", "peak_memory_gib", "ratio"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians over the rounds of one variant."""
+
+    name: str
+    items: int  #: per round
+    wall_s: float
+    cpu_s: float  #: of this process and the children it has waited for
+    rounds: tuple[tuple[float, float], ...]  #: (wall, CPU) seconds of each round
+
+    @property
+    def items_per_cpu_s(self) -> float:
+        """Items per second of CPU time."""
+        return self.items / max(self.cpu_s, 1e-9)
+
+    @property
+    def items_per_s(self) -> float:
+        """Items per second of wall time."""
+        return self.items / max(self.wall_s, 1e-9)
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], int]],
+    *,
+    rounds: int,
+    on_round: Callable[[str, int], None] = lambda name, number: None,
+) -> list[Measurement]:
+    """Run every variant once per round, after one round that is not counted.
+
+    Args:
+        variants: name -> a function that does the work and returns the number of items done.
+        rounds: counted rounds, at least 1.
+        on_round: called with name and round number (0: warm-up) before each run.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    items: dict[str, int] = {}
+    for number in range(rounds + 1):
+        for name, work in variants.items():
+            on_round(name, number)
+            wall, cpu = time.perf_counter(), _cpu_s()
+            items[name] = work()
+            if number:
+                times[name].append((time.perf_counter() - wall, _cpu_s() - cpu))
+    return [
+        Measurement(
+            name=name,
+            items=items[name],
+            wall_s=statistics.median(wall for wall, _ in measured),
+            cpu_s=statistics.median(cpu for _, cpu in measured),
+            rounds=tuple(measured),
+        )
+        for name, measured in times.items()
+    ]
+
+
+def ratio(faster: Measurement, slower: Measurement) -> float:
+    """Median over rounds of how many times more items per CPU-second `faster` does than `slower`."""
+    return statistics.median(
+        (faster.items / max(fast, 1e-9)) / (slower.items / max(slow, 1e-9))
+        for (_, fast), (_, slow) in zip(faster.rounds, slower.rounds, strict=True)
+    )
+
+
+def _cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Processor, cores, memory and the versions of Python and of `packages`, for result files."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
