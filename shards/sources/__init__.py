@@ -4,37 +4,15 @@ A new layout is one file with a class that satisfies `Source`, one entry in `FOR
 """
 
 from pathlib import Path
-from typing import Protocol
 
 from aroface.errors import DataError
+from shards.sources.base import Entry, Source
 from shards.sources.folder import FolderSource
 from shards.sources.zip_file import ZipSource
 
-__all__ = ["FORMATS", "Source", "detect_format", "open_source"]
+__all__ = ["FORMATS", "Entry", "Source", "detect_format", "open_source"]
 
 FORMATS = ("folder", "zip")
-
-
-class Source(Protocol):
-    """Named image files grouped by identity, in a fixed order: by identity, then by name."""
-
-    @property
-    def keys(self) -> list[str]:
-        """(N,) unique names `identity/image.ext`."""
-        ...
-
-    @property
-    def identities(self) -> list[str]:
-        """(N,) identity of each image."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Hex digest that changes when the collection does."""
-        ...
-
-    def read(self, index: int) -> bytes:
-        """The bytes of image file `index`; safe to call from several threads."""
-        ...
 
 
 def detect_format(path: Path) -> str:
@@ -62,7 +40,7 @@ def open_source(path: Path, layout: str | None = None) -> Source:
         layout: one of `FORMATS`; None detects it.
 
     Raises:
-        DataError: nothing there, no images in it, or another layout than said.
+        DataError: nothing there, or another layout than said.
     """
     match layout or detect_format(path):
         case "folder":

@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 
 from aroface.errors import DataError
-from shards.sources.names import group_by_identity
+from shards.sources.base import Entry, entry_of_path
 
 __all__ = ["FolderSource"]
 
@@ -18,30 +17,30 @@ class FolderSource:
         if not path.is_dir():
             raise DataError(f"Source {path} is not a folder.")
         self._root = path
-        rows = group_by_identity(_file_names(path), source=str(path))
-        self.identities = [row[0] for row in rows]
-        self.keys = [row[1] for row in rows]
-        self._names = [row[2] for row in rows]
 
-    def fingerprint(self) -> str:
-        """Changes when an image is added, removed, renamed or rewritten (by its size or time of modification)."""
-        digest = sha256()
-        for key, name in zip(self.keys, self._names, strict=True):
-            status = (self._root / name).stat()
-            digest.update(f"{key}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+    def entries(self) -> Iterator[Entry]:
+        """Every image; `check` is made of the time of modification."""
+        for directory, names in _folders(self._root):
+            prefix = os.path.relpath(directory, self._root)
+            for name in names:
+                found = entry_of_path(name if prefix == "." else f"{prefix}/{name}", source=str(self._root))
+                if found is not None:
+                    identity, image, folder = found
+                    status = os.stat(os.path.join(directory, name))
+                    check = (status.st_mtime_ns ^ status.st_mtime_ns >> 32) & 0xFFFFFFFF
+                    yield Entry(identity, image, folder, 0, status.st_size, check)
 
-    def read(self, index: int) -> bytes:
+    def read(self, entry: Entry) -> bytes:
         """The bytes of one image file."""
-        path = self._root / self._names[index]
+        path = self._root / entry.part / entry.name
         try:
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _file_names(root: Path) -> Iterator[str]:
-    """Paths of all files under `root`, relative to it."""
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder under `root` with the names of its files."""
     seen: set[tuple[int, int]] = set()
     for directory, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
         status = os.stat(directory)
@@ -49,9 +48,7 @@ def _file_names(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        prefix = os.path.relpath(directory, root)
-        yield from (file if prefix == "." else f"{prefix}/{file}" for file in files)
+        yield directory, files
 
 
 def _refuse(error: OSError) -> None:

@@ -3,16 +3,13 @@
 import threading
 import zipfile
 import zlib
-from hashlib import sha256
+from collections.abc import Iterator
 from pathlib import Path
 
 from aroface.errors import DataError
-from shards.sources.names import group_by_identity
+from shards.sources.base import MAX_IMAGE_BYTES, Entry, entry_of_path
 
 __all__ = ["ZipSource"]
-
-#: A member that unpacks to more than this is refused: no face crop is that large.
-_MAX_MEMBER_BYTES = 64 << 20
 
 
 class ZipSource:
@@ -24,26 +21,23 @@ class ZipSource:
             self._zip = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is not a readable zip file: {error}.") from error
-        rows = group_by_identity(self._zip.namelist(), source=str(path))
-        self.identities = [row[0] for row in rows]
-        self.keys = [row[1] for row in rows]
-        self._members = [self._zip.getinfo(row[2]) for row in rows]
         self._lock = threading.Lock()  # a ZipFile has one file position
 
-    def fingerprint(self) -> str:
-        """Changes when any byte of an image changes (zip files carry the CRC of every member)."""
-        rows = (f"{key} {member.file_size} {member.CRC}" for key, member in zip(self.keys, self._members, strict=True))
-        return sha256("\n".join(rows).encode()).hexdigest()
+    def entries(self) -> Iterator[Entry]:
+        """Every image; `check` is its CRC."""
+        for member in self._zip.infolist():
+            found = entry_of_path(member.filename, source=str(self._path))
+            if found is not None:
+                identity, name, folder = found
+                yield Entry(identity, name, folder, member.header_offset, member.file_size, member.CRC)
 
-    def read(self, index: int) -> bytes:
+    def read(self, entry: Entry) -> bytes:
         """The bytes of one member."""
-        member = self._members[index]
-        if member.file_size > _MAX_MEMBER_BYTES:
-            raise DataError(
-                f"{self._path}: {member.filename} unpacks to {member.file_size} bytes, over the limit for a face."
-            )
+        name = f"{entry.part}/{entry.name}"
+        if entry.length > MAX_IMAGE_BYTES:
+            raise DataError(f"{self._path}: {name} unpacks to {entry.length} bytes, over the limit for a face.")
         try:
             with self._lock:
-                return self._zip.read(member)
-        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
-            raise DataError(f"{self._path}: {member.filename} cannot be read: {error}.") from error
+                return self._zip.read(name)
+        except (KeyError, zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
+            raise DataError(f"{self._path}: {name} cannot be read: {error}.") from error
