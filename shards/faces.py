@@ -10,7 +10,8 @@ from aroface.images import decode_rgb
 from aroface.types import FaceSet
 from shards.dataset import ShardDataset
 from shards.manifest import MANIFEST_NAME, read_identities
-from shards.sources import Source, open_source
+from shards.pack import read_table
+from shards.sources import open_source
 
 __all__ = ["open_face_set"]
 
@@ -23,17 +24,19 @@ def open_face_set(path: Path, *, layout: str | None = None) -> FaceSet:
     """
     if path.is_dir() and (path / MANIFEST_NAME).is_file():
         return _ShardFaces(path)
-    return _SourceFaces(open_source(path, layout))
+    return _SourceFaces(path, layout)
 
 
 class _SourceFaces:
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.keys: Sequence[str] = source.keys
-        self.identities: Sequence[str] = source.identities
+    def __init__(self, path: Path, layout: str | None) -> None:
+        self._source = open_source(path, layout)
+        self._table = read_table([path], layout)
+        rows = range(len(self._table))
+        self.keys: Sequence[str] = [self._table.key(row) for row in rows]
+        self.identities: Sequence[str] = [self._table.identities[i] for i in self._table.identity]
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        return decode_rgb(self._source.read(index), name=self.keys[index])
+        return decode_rgb(self._source.read(self._table.entry(index)[1]), name=self.keys[index])
 
 
 class _ShardFaces:

@@ -4,9 +4,10 @@ A list of Python objects would take half a kilobyte per image, 6 GB for the 12 m
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,26 @@ class ImageTable:
         for column in _COLUMNS:
             digest.update(np.ascontiguousarray(getattr(self, column)).data)
         return digest.hexdigest()
+
+    def with_landmarks(self, landmarks: Mapping[str, Sequence[float]]) -> "ImageTable":
+        """The same images with landmarks by key, in place of what the sources told; others keep theirs.
+
+        Raises:
+            DataError: no image has one of the keys.
+        """
+        values = np.array(self.landmarks, np.float32) if len(self.landmarks) else np.full((len(self), 10), np.nan, "f4")
+        known = 0
+        for row in range(len(self)):
+            points = landmarks.get(self.key(row))
+            if points is not None:
+                values[row] = points
+                known += 1
+        if not known:
+            raise DataError(
+                f"None of the {len(landmarks)} landmarks belongs to an image: they name {next(iter(landmarks))!r}, "
+                f"the images are called like {self.key(0)!r}."
+            )
+        return replace(self, landmarks=values)
 
     def save(self, directory: Path) -> None:
         """Write the columns, so that other processes can map them."""
@@ -168,7 +189,7 @@ class TableBuilder:
         edges = np.searchsorted(identity[order], np.arange(len(names) + 1))
         for group in range(len(names)):
             rows = sorted(order[edges[group] : edges[group + 1]].tolist(), key=self._name)
-            for first, second in _neighbours(rows):
+            for first, second in pairwise(rows):
                 if self._name(first) == self._name(second):
                     key = f"{names[group]}/{self._name(first).decode('utf-8', 'replace')}"
                     parts = list(self._parts)
@@ -178,7 +199,3 @@ class TableBuilder:
                     )
             order[edges[group] : edges[group + 1]] = rows
         return order
-
-
-def _neighbours(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return zip(rows, rows[1:], strict=False)

@@ -69,6 +69,8 @@ class Manifest(_Record):
     source: str = Field(description="what the set was packed from")
     licence: str = Field(description="licence note of the images, as given when packing")
     skipped: int = Field(ge=0, description="unreadable images that were left out")
+    duplicates: int = Field(0, ge=0, description="images that are byte for byte another one of the sources")
+    conflicts: int = Field(0, ge=0, description="images that are found under two or more identities")
     shards: list[ShardEntry] = Field(min_length=1)
 
 

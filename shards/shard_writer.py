@@ -1,16 +1,20 @@
 """One shard: a tar and its index, written together, whole or absent."""
 
-import io
-import tarfile
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import BinaryIO
 
-from aroface.errors import DataError
-from aroface.files import atomic_path, sha256_of
+from aroface.files import atomic_path
 from shards.manifest import ShardEntry, write_index
+from shards.tar_header import BLOCK_BYTES, padding, tar_header
 
 __all__ = ["ShardWriter", "sample_name", "shard_name", "write_shard"]
+
+_END_OF_TAR = bytes(2 * BLOCK_BYTES)
+_RECORD_BYTES = 20 * BLOCK_BYTES  # tar files are padded to whole records
+_BUFFER_BYTES = 1 << 20
 
 
 def shard_name(number: int) -> str:
@@ -20,16 +24,20 @@ def shard_name(number: int) -> str:
 
 def sample_name(key: str) -> tuple[str, str]:
     """Sample key and suffix inside the tar; WebDataset ends a key at the first dot of the file name."""
-    path = PurePosixPath(key)
-    suffix = path.suffix.lower().replace(".jpeg", ".jpg")
-    return str(path.parent / path.stem.replace(".", "_")), suffix
+    folder, slash, name = key.rpartition("/")
+    stem, _, suffix = name.rpartition(".")
+    suffix = suffix.lower()
+    return f"{folder}{slash}{stem.replace('.', '_')}", ".jpg" if suffix == "jpeg" else f".{suffix}"
 
 
 class ShardWriter:
     """Takes the samples of one shard; made by `write_shard`."""
 
-    def __init__(self, tar: tarfile.TarFile) -> None:
-        self._tar = tar
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._buffer = bytearray()
+        self.bytes = 0  #: of the tar so far
         self.offsets: list[int] = []
         self.lengths: list[int] = []
         self.labels: list[int] = []
@@ -47,23 +55,32 @@ class ShardWriter:
             DataError: the key does not fit into a tar header.
         """
         stem, suffix = sample_name(key)
-        self.offsets.append(self._append(f"{stem}{suffix}", data))
+        text = str(label).encode()
+        headers = tar_header(f"{stem}{suffix}", len(data)), tar_header(f"{stem}.cls", len(text))
+        self._write(headers[0])
+        self.offsets.append(self.bytes)
         self.lengths.append(len(data))
-        self._append(f"{stem}.cls", str(label).encode())
         self.labels.append(label)
+        for piece in (data, padding(len(data)), headers[1], text, padding(len(text))):
+            self._write(piece)
 
-    def _append(self, name: str, data: bytes) -> int:
-        """Append one member without owner or time; returns the offset of its data."""
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        member.mode = 0o644
-        try:
-            self._tar.addfile(member, io.BytesIO(data))
-        except ValueError as error:
-            raise DataError(
-                f"{name!r} does not fit into a tar header ({error}); rename the image or its folder."
-            ) from error
-        return int(self._tar.offset) - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    def _write(self, piece: bytes) -> None:
+        self._buffer += piece
+        self.bytes += len(piece)
+        if len(self._buffer) >= _BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._digest.update(self._buffer)
+        self._file.write(self._buffer)
+        self._buffer.clear()
+
+    def finish(self) -> str:
+        """Write the end of the tar; returns its hex SHA-256."""
+        self._write(_END_OF_TAR)
+        self._write(bytes(-self.bytes % _RECORD_BYTES))
+        self._flush()
+        return self._digest.hexdigest()
 
 
 @contextmanager
@@ -75,14 +92,13 @@ def write_shard(directory: Path, name: str) -> Iterator[ShardWriter]:
         name: from `shard_name`.
     """
     path = directory / f"{name}.tar"
-    with atomic_path(path) as temporary:
-        with temporary.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            writer = ShardWriter(tar)
-            yield writer
-        digest, tar_bytes = sha256_of(temporary), temporary.stat().st_size
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        writer = ShardWriter(file)
+        yield writer
+        digest = writer.finish()
     if not writer.labels:
         path.unlink()
         return
     index = directory / f"{name}.idx"
-    write_index(index, writer.offsets, writer.lengths, writer.labels, tar_bytes=tar_bytes, tar_sha256=digest)
-    writer.entry = ShardEntry(name=f"{name}.tar", samples=len(writer.labels), bytes=tar_bytes, sha256=digest)
+    write_index(index, writer.offsets, writer.lengths, writer.labels, tar_bytes=writer.bytes, tar_sha256=digest)
+    writer.entry = ShardEntry(name=f"{name}.tar", samples=len(writer.labels), bytes=writer.bytes, sha256=digest)

@@ -7,10 +7,10 @@ import webdataset
 
 from aroface.errors import DataError
 from aroface.files import sha256_of
-from shards import pack as pack_module
 from shards.faces import open_face_set
 from shards.manifest import read_identities
 from shards.pack import PackOptions, pack
+from shards.pack_worker import PackWorker
 from shards.verify import verify
 from tests.helpers.face_folders import write_faces
 
@@ -57,17 +57,17 @@ def test_the_webdataset_library_reads_the_shards(faces: Path, tmp_path: Path) ->
 
 
 def test_an_interrupted_packing_continues(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = pack_module._Worker.write
+    write = PackWorker.write
     written: list[int] = []
 
-    def stop_at_the_third(worker: pack_module._Worker, shard: int) -> object:
+    def stop_at_the_third(worker: PackWorker, shard: int) -> object:
         if shard == 2 and not resumed:
             raise KeyboardInterrupt
         written.append(shard)
         return write(worker, shard)
 
     resumed = False
-    monkeypatch.setattr(pack_module._Worker, "write", stop_at_the_third)
+    monkeypatch.setattr(PackWorker, "write", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         pack(faces, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out" / "manifest.json").exists()
