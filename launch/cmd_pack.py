@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("source", type=Path, nargs="+", metavar="SOURCE", help="one or several, of any format")
     parser.add_argument("out", type=Path, metavar="OUT", help="new directory for the shards")
-    parser.add_argument("--format", choices=FORMATS, metavar="NAME", help=f"{', '.join(FORMATS)} (default: detected)")
+    parser.epilog = "formats:\n" + "\n".join(f"  {name:<10}  {look}" for name, look in FORMATS.items())
+    parser.add_argument("--format", choices=FORMATS, metavar="NAME", help="see below (default: detected)")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="of relative paths in a list (default: its folder)")
+    parser.add_argument("--label-field", metavar="NAME", help="JSON field or Parquet column with the identity")
     parser.add_argument(
         "--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
@@ -92,6 +95,7 @@ def _options(args: argparse.Namespace, part: "Part") -> "PackOptions":
     from shards.pack import PackOptions
     from shards.prepare import Preparation
     from shards.selection import read_merges
+    from shards.sources import SourceOptions
 
     for option, least, most in (("size", 8, 4096), ("quality", 1, 100)):
         value = getattr(args, option)
@@ -108,7 +112,7 @@ def _options(args: argparse.Namespace, part: "Part") -> "PackOptions":
         duplicates=args.duplicates,
         preparation=Preparation(align=args.align, size=args.size, quality=args.quality, check=args.check),
         landmarks=read_landmarks(args.landmarks) if args.landmarks else {},
-        layout=args.format,
+        source=SourceOptions(args.format, args.root, args.label_field),
         licence=args.licence,
         template=args.template,
     )

@@ -11,26 +11,26 @@ from aroface.types import FaceSet
 from shards.dataset import ShardDataset
 from shards.manifest import MANIFEST_NAME, read_identities
 from shards.pack import read_table
-from shards.sources import open_source
+from shards.sources import SourceOptions, open_source
 
 __all__ = ["open_face_set"]
 
 
-def open_face_set(path: Path, *, layout: str | None = None) -> FaceSet:
-    """Faces in a folder, a zip or a shard directory, sorted by identity and name.
+def open_face_set(path: Path, *, options: SourceOptions | None = None) -> FaceSet:
+    """Faces in any source layout or a shard directory, sorted by identity and name.
 
     Raises:
         DataError: nothing there, or of no known layout.
     """
     if path.is_dir() and (path / MANIFEST_NAME).is_file():
         return _ShardFaces(path)
-    return _SourceFaces(path, layout)
+    return _SourceFaces(path, options)
 
 
 class _SourceFaces:
-    def __init__(self, path: Path, layout: str | None) -> None:
-        self._source = open_source(path, layout)
-        self._table = read_table([path], layout)
+    def __init__(self, path: Path, options: SourceOptions | None) -> None:
+        self._source = open_source(path, options)
+        self._table = read_table([path], options)
         rows = range(len(self._table))
         self.keys: Sequence[str] = [self._table.key(row) for row in rows]
         self.identities: Sequence[str] = [self._table.identities[i] for i in self._table.identity]

@@ -27,11 +27,19 @@ from aroface.files import atomic_path, read_json, write_json
 from shards.duplicates import Duplicates, find_duplicates, write_duplicates
 from shards.image_table import ImageTable, TableBuilder
 from shards.manifest import MANIFEST_NAME, Identity, Manifest, ShardEntry, write_identities
-from shards.pack_worker import ROWS_PER_HASH_TASK, Job, PackWorker, ShardRecord, finished_record, run_tasks
+from shards.pack_worker import (
+    ROWS_PER_HASH_TASK,
+    Job,
+    PackWorker,
+    ShardRecord,
+    finished_record,
+    run_tasks,
+    scratch_of,
+)
 from shards.prepare import Preparation
 from shards.selection import Part, Selection, merged_names, select
 from shards.shard_writer import shard_name
-from shards.sources import open_source
+from shards.sources import SourceOptions, open_source
 
 __all__ = ["IDENTITY_MAP_NAME", "SKIPPED_NAME", "PackOptions", "pack", "read_table"]
 
@@ -59,7 +67,7 @@ class PackOptions:
     duplicates: Literal["report", "drop"] = "report"  #: what happens to equal files
     preparation: Preparation = field(default_factory=Preparation)
     landmarks: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: key -> x and y of five points
-    layout: str | None = None  #: source format; None detects it
+    source: SourceOptions = field(default_factory=SourceOptions)
     licence: str = "unknown"
     template: Literal["arcface_112"] = "arcface_112"  #: what the faces are aligned to; noted, not checked
 
@@ -91,12 +99,12 @@ def pack(
         raise DataError(f"{out} already holds finished shards. Name another directory, or remove it first.")
     _check_counts(options, workers)
     _refuse_foreign(out)
-    table = read_table(paths, options.layout, landmarks=options.landmarks)
-    people = merged_names(table, dict(options.merges))
     with _only_packer(out):
         work = out / _WORK_FOLDER
+        table = read_table(paths, options.source, landmarks=options.landmarks, scratch=work / "scratch")
+        people = merged_names(table, dict(options.merges))
         _adopt(out, _plan(paths, table, people, options))
-        job = Job(paths, options.layout, out, work, options.samples_per_shard, options.preparation)
+        job = Job(paths, options.source, out, work, options.samples_per_shard, options.preparation)
         table.save(work / "table")
         found = _hash_all(job, table, people, workers, progress) if options.duplicates == "drop" else None
         selection = select(
@@ -119,14 +127,19 @@ def pack(
 
 
 def read_table(
-    paths: Sequence[Path], layout: str | None = None, *, landmarks: Mapping[str, Sequence[float]] | None = None
+    paths: Sequence[Path],
+    options: SourceOptions | None = None,
+    *,
+    landmarks: Mapping[str, Sequence[float]] | None = None,
+    scratch: Path | None = None,
 ) -> ImageTable:
     """List all images of the sources.
 
     Args:
         paths: sources; the identities of more than one get the name of their source in front.
-        layout: format of all of them; None detects each.
+        options: of their layout.
         landmarks: key -> ten numbers, in place of what the sources tell.
+        scratch: folder for unpacked copies, see `shards.sources.open_source`.
 
     Raises:
         DataError: a source is damaged, or two of them have one name.
@@ -137,7 +150,8 @@ def read_table(
         raise DataError(f"Two sources are called {twice!r}, so their identities cannot be told apart; rename one.")
     builder = TableBuilder()
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
-        builder.add(open_source(path, layout).entries(), source=number, prefix=f"{name}/" if len(paths) > 1 else "")
+        source = open_source(path, options, scratch=scratch_of(scratch, number))
+        builder.add(source.entries(), source=number, prefix=f"{name}/" if len(paths) > 1 else "")
     table = builder.finish(what=", ".join(str(path) for path in paths))
     return table.with_landmarks(landmarks) if landmarks else table
 
@@ -145,7 +159,7 @@ def read_table(
 def _plan(paths: Sequence[Path], table: ImageTable, people: Sequence[str], options: PackOptions) -> dict[str, object]:
     # Raising the tolerance continues the same plan; landmarks are part of the table, merges of the people.
     shaping = asdict(replace(options, max_bad=0, landmarks={}, merges={}))
-    choice = sha256(json.dumps([list(people), shaping]).encode("utf-8", "surrogateescape")).hexdigest()
+    choice = sha256(json.dumps([list(people), shaping], default=str).encode("utf-8", "surrogateescape")).hexdigest()
     return {"sources": [path.name for path in paths], "images": table.fingerprint(), "choice": choice}
 
 

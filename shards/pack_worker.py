@@ -21,7 +21,7 @@ from shards.image_table import ImageTable
 from shards.permutation import permute
 from shards.prepare import Preparation
 from shards.shard_writer import shard_name, write_shard
-from shards.sources import Source, open_source
+from shards.sources import Source, SourceOptions, open_source
 
 __all__ = ["ROWS_PER_HASH_TASK", "Job", "PackWorker", "ShardRecord", "run_tasks"]
 
@@ -49,11 +49,16 @@ class Job:
     """What every worker has to know; the images themselves lie in `work`."""
 
     sources: tuple[Path, ...]
-    layout: str | None
+    options: SourceOptions
     out: Path
     work: Path  #: folder of the plan: the table, the chosen rows and their labels
     samples_per_shard: int
     preparation: Preparation
+
+
+def scratch_of(scratch: Path | None, source: int) -> Path | None:
+    """The part of a scratch folder that belongs to one source."""
+    return None if scratch is None else scratch / str(source)
 
 
 class PackWorker:
@@ -62,7 +67,10 @@ class PackWorker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._table = ImageTable.load(job.work / "table")
-        self._sources: list[Source] = [open_source(path, job.layout) for path in job.sources]
+        self._sources: list[Source] = [
+            open_source(path, job.options, scratch=scratch_of(job.work / "scratch", number))
+            for number, path in enumerate(job.sources)
+        ]
         self._chosen: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None
 
     def _selection(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

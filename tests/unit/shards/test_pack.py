@@ -11,6 +11,7 @@ from shards.faces import open_face_set
 from shards.manifest import read_identities
 from shards.pack import PackOptions, pack
 from shards.pack_worker import PackWorker
+from shards.sources import SourceOptions
 from shards.verify import verify
 from tests.helpers.face_folders import write_faces
 
@@ -154,11 +155,11 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no images"):
         pack(tmp_path / "empty", tmp_path / "out", OPTIONS)
-    (tmp_path / "file.txt").touch()
-    with pytest.raises(DataError, match="name the layout by --format"):
-        pack(tmp_path / "file.txt", tmp_path / "out", OPTIONS)
+    (tmp_path / "file.xyz").touch()
+    with pytest.raises(DataError, match=r"(?s)name it by --format:.*recordio"):
+        pack(tmp_path / "file.xyz", tmp_path / "out", OPTIONS)
     with pytest.raises(DataError, match="choose from folder, zip"):
-        pack(tmp_path / "empty", tmp_path / "out", PackOptions(layout="tar"))
+        pack(tmp_path / "empty", tmp_path / "out", PackOptions(source=SourceOptions("lmdb")))
 
 
 def test_face_sets_are_equal_whatever_holds_them(faces: Path, tmp_path: Path) -> None:
