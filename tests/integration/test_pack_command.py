@@ -44,3 +44,29 @@ def test_a_killed_packing_is_continued(tmp_path: Path) -> None:
     command[4] = str(tmp_path / "fresh")
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
     assert hashes(out) == hashes(tmp_path / "fresh")
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    faces = write_faces(tmp_path / "faces", {f"id{i:03d}": 20 for i in range(20)})
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "launch", "pack", str(faces), str(out), "--samples-per-shard", "100"]
+    limited = ["bash", "-c", 'ulimit -f 150; exec "$@"', "bash", *command, "--workers", "1"]  # KiB a file may grow to
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Finished shards are kept: make room" in done.stderr
+    assert not (out / "manifest.json").exists()
+    assert not list(out.glob("*.tar"))
+    subprocess.run(command, check=True, capture_output=True)
+    assert main(["verify", str(out)]) == 0
+
+
+def test_many_sources_and_a_holdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_faces(tmp_path / "one", {"ada": 3, "bob": 2})
+    two = write_faces(tmp_path / "two", {"ada": 1, "cleo": 2})
+    out = tmp_path / "out"
+    assert main(["pack", str(one), str(two), str(out), "--holdout", "1", "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "out-holdout") in printed
+    assert main(["verify", str(out)]) == main(["verify", str(tmp_path / "out-holdout")]) == 0
+    assert main(["pack", str(one), str(tmp_path / "x"), "--size", "5"]) == 2
+    assert "--size is 5; choose from 8 to 4096" in capsys.readouterr().err
