@@ -18,7 +18,7 @@ from aroface.engine.task import contract_of
 from aroface.heads import build_head
 from aroface.models import build_backbone
 from aroface.preprocess import normalise
-from shards.dataset import ShardDataset
+from launch.training_data import open_training_data
 
 __all__ = ["AttackDemo", "run_attack"]
 
@@ -51,11 +51,8 @@ def run_attack(run: Path, *, shards: Path | None, count: int, seed: int) -> Atta
     """
     directory = resolve_checkpoint(run)
     config = parse_config(read_state(directory)["config"], TrainConfig, name=f"{directory}/state.json")
-    data = ShardDataset(
-        shards or Path(config.data.shards),
-        image_size=config.model.image_size,
-        min_images_per_identity=config.data.min_images_per_identity,
-    )
+    data_config = config.data if shards is None else config.data.model_copy(update={"shards": str(shards)})
+    data = open_training_data(data_config, image_size=config.model.image_size)
     backbone = build_backbone(config.model)
     backbone.load_state_dict(load_weights(directory))
     head = build_head(

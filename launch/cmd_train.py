@@ -35,19 +35,13 @@ def run(args: argparse.Namespace) -> int:
     """Train."""
     config = load_config(args.config, TrainConfig, args.overrides)
     from aroface.engine.trainer import Trainer
-    from shards.dataset import ShardDataset
+    from launch.training_data import open_training_data
 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.engine.threads is None:
         threads = max(1, free_cores() // local_ranks)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
-    data = ShardDataset(
-        Path(config.data.shards),
-        image_size=config.model.image_size,
-        min_images_per_identity=config.data.min_images_per_identity,
-        workers=config.data.workers,
-        max_bad_samples=config.data.max_bad_samples,
-    )
+    data = open_training_data(config.data, image_size=config.model.image_size)
     resume: Resume = args.resume if args.resume in ("auto", "never") else Path(args.resume)
     trainer = Trainer(config, data, args.run, resume=resume, overrides=args.overrides)
     is_main = os.environ.get("RANK", "0") == "0"

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from aroface.config.schema import OrderConfig, RandomOrder
 from aroface.errors import DataError
 from aroface.images import decode_rgb, resize_face
-from shards.manifest import Index, Manifest, manifest_fingerprint, read_index, read_manifest
-from shards.permutation import permute
+from shards.manifest import Index, Manifest, manifest_fingerprint, read_identities, read_index, read_manifest
+from shards.order import Blocks, build_order
 
 if TYPE_CHECKING:
     from aroface.types import Batch
+    from shards.shard_cache import ShardCache
 
 __all__ = ["ShardDataset"]
 
@@ -34,6 +36,8 @@ class ShardDataset:
         workers: decoding threads; they do not change what is delivered.
         max_bad_samples: unreadable samples tolerated before `batches` gives up. Each is replaced by the next readable
             sample in stored order, so that every batch keeps its size.
+        order: which sample stands where in the stream; None: random.
+        cache: brings the tars from elsewhere as they are needed; None: they are there.
 
     Raises:
         DataError: not a finished shard directory, or an index, a tar or a label that contradicts the manifest.
@@ -47,6 +51,8 @@ class ShardDataset:
         min_images_per_identity: int = 1,
         workers: int = 1,
         max_bad_samples: int = 0,
+        order: OrderConfig | None = None,
+        cache: "ShardCache | None" = None,
     ) -> None:
         self.directory = directory
         self.manifest: Manifest = read_manifest(directory)
@@ -54,6 +60,7 @@ class ShardDataset:
         self.image_size = image_size
         self.workers = workers
         self.max_bad_samples = max_bad_samples
+        self._cache = cache
         self._bad: set[int] = set()
         self._bad_lock = threading.Lock()
         self._indices = [self._open_index(i) for i in range(len(self.manifest.shards))]
@@ -65,16 +72,32 @@ class ShardDataset:
         self._check_labels()
         if min_images_per_identity > 1:
             self._leave_out_small(min_images_per_identity)
+        self._order = build_order(
+            order or RandomOrder(), self.num_samples, labels=self._kept_labels, names=self._kept_names
+        )
+        self._advised = -1
 
     @property
     def num_samples(self) -> int:
         """Images in one epoch."""
         return self.manifest.num_samples if self._kept is None else len(self._kept)
 
+    @property
+    def num_stored(self) -> int:
+        """Images in the shards, also those of identities that are left out."""
+        return self.manifest.num_samples
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        return self.directory.name
+
     def _open_index(self, shard: int) -> Index:
         entry = self.manifest.shards[shard]
         tar = self.directory / entry.name
         index = read_index(tar.with_suffix(".idx"), entry=entry)
+        if self._cache is not None:
+            return index
         if not tar.is_file():
             raise DataError(f"{tar} is missing. Run `aroface verify {self.directory}`.")
         if tar.stat().st_size != entry.bytes:
@@ -117,13 +140,44 @@ class ShardDataset:
 
     def samples_at(self, positions: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
         """Samples at stream positions: position p is place p mod N of epoch p // N."""
-        epochs = positions // self.num_samples
-        places = positions % self.num_samples
-        result = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            result[chosen] = permute(places[chosen], size=self.num_samples, seed=seed, epoch=int(epoch))
+        result = self._order.samples_at(positions, seed=seed)
         return result if self._kept is None else self._kept[result]
+
+    def _kept_labels(self) -> NDArray[np.int64]:
+        labels = self._labels()
+        return labels if self._kept is None or self._class_map is None else self._class_map[labels[self._kept]]
+
+    def _kept_names(self) -> list[str]:
+        names = [identity.name for identity in read_identities(self.directory)]
+        if self._class_map is None:
+            return names
+        kept = np.diff(self._class_map, prepend=-1) > 0
+        return [name for name, is_kept in zip(names, kept, strict=True) if is_kept]
+
+    def read_ahead(self, position: int, *, seed: int) -> None:
+        """Ask the system to read the blocks around a position, once per window of a block order."""
+        if not isinstance(self._order, Blocks):
+            return
+        window, ranges = self._order.ranges_near(position, seed=seed)
+        if window <= self._advised:
+            return
+        self._advised = window
+        for start, stop in ranges:
+            rows = np.arange(start, stop) if self._kept is None else self._kept[start:stop]
+            shards = np.searchsorted(self._starts, rows, side="right") - 1
+            if self._cache is not None:
+                self._cache.fetch_ahead(np.unique(shards).tolist())
+            else:
+                self._advise(rows, shards)
+
+    def _advise(self, rows: NDArray[np.int64], shards: NDArray[np.int64]) -> None:
+        """Read the bytes of samples into the page cache, in the background."""
+        for shard in np.unique(shards).tolist():
+            own = rows[shards == shard] - self._starts[shard]
+            index = self._indices[shard]
+            first = int(index.offset[own[0]]) // mmap.PAGESIZE * mmap.PAGESIZE
+            last = int(index.offset[own[-1]] + index.length[own[-1]])
+            self._tar(shard).madvise(mmap.MADV_WILLNEED, first, last - first)
 
     def read(self, sample: int) -> tuple[memoryview, int]:
         """Bytes of the image file and class index of one stored sample."""
@@ -141,6 +195,8 @@ class ShardDataset:
     def _tar(self, shard: int) -> mmap.mmap:
         tar = self._maps[shard]
         if tar is None:
+            if self._cache is not None:
+                self._cache.fetch(shard)
             with (self.directory / self.manifest.shards[shard].name).open("rb") as file:
                 tar = self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return tar

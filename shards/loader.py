@@ -4,23 +4,54 @@ The JPEG decoder releases the interpreter lock, so threads scale and no batch cr
 112-px faces that is twice the images per CPU-second of worker processes.
 """
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from aroface.types import Batch
-from shards.dataset import ShardDataset
 
-__all__ = ["iterate_batches"]
+__all__ = ["Readable", "in_background", "iterate_batches"]
 
 _PREFETCHED_BATCHES = 3
 
+_Item = TypeVar("_Item")
+
+
+class Readable(Protocol):
+    """What the loader asks of a data set."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the delivered images in pixels."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Decoding threads."""
+        ...
+
+    def samples_at(self, positions: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
+        """Samples at stream positions."""
+        ...
+
+    def fill(self, samples: NDArray[np.int64], images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Decode samples into the rows of a batch."""
+        ...
+
+    def read_ahead(self, position: int, *, seed: int) -> None:
+        """A hint that the stream has come to a position."""
+        ...
+
 
 def iterate_batches(
-    dataset: ShardDataset,
+    dataset: Readable,
     *,
     seed: int,
     start_position: int,
@@ -52,6 +83,7 @@ def iterate_batches(
 
     def start(batch: int) -> tuple[Batch, list[Future[None]]]:
         positions = start_position + batch * batch_size * world_size + lanes
+        dataset.read_ahead(int(positions[-1]), seed=seed)
         samples = dataset.samples_at(positions, seed=seed)
         size = dataset.image_size
         images = torch.empty((batch_size, size, size, 3), dtype=torch.uint8, pin_memory=pin)
@@ -80,3 +112,42 @@ def _finished(batch: Batch, futures: list[Future[None]]) -> Batch:
     for future in futures:
         future.result()
     return batch
+
+
+def in_background(items: Iterator[_Item], *, depth: int) -> Iterator[_Item]:
+    """Run an iterator in a thread, `depth` items ahead. Closing the result stops the thread."""
+    ready: queue.Queue[tuple[_Item | None, BaseException | None]] = queue.Queue(depth)
+    is_closed = threading.Event()
+
+    def put(item: _Item | None, error: BaseException | None) -> None:
+        while not is_closed.is_set():
+            try:
+                ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def run() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if is_closed.is_set():
+                    return
+        except BaseException as error:
+            put(None, error)
+        else:
+            put(None, None)
+
+    thread = threading.Thread(target=run, name="read ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        is_closed.set()
+        thread.join()

@@ -17,6 +17,7 @@ from aroface.distributed import any_rank, barrier, rank, world_size
 from aroface.engine.checkpoint import RunPosition, load_backbone, restore_optimizers, save_checkpoint
 from aroface.engine.deepspeed_engine import BackboneEngine, NonFiniteGradientError, start_distributed
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
+from aroface.engine.prefetch import on_device
 from aroface.engine.run_directory import choose_checkpoint, record_run
 from aroface.engine.schedule import accumulation_steps, learning_rate, total_steps
 from aroface.engine.seeding import derive_seed
@@ -221,7 +222,7 @@ class Trainer:
         )
 
     def _batches(self, count: int) -> Iterator[Batch]:
-        return self._data.batches(
+        batches = self._data.batches(
             seed=self.config.seed,
             start_position=self.position.samples_seen,
             num_batches=count,
@@ -229,6 +230,7 @@ class Trainer:
             rank=self._rank,
             world_size=self._world,
         )
+        return on_device(batches, self.device)
 
     def _save(self) -> None:
         save_checkpoint(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aroface.config.schema import BalancedOrder, BlockOrder, OrderConfig, RandomOrder, WeightedOrder
 from aroface.errors import DataError
 from shards.dataset import ShardDataset
 from shards.pack import PackOptions, pack
@@ -26,6 +27,11 @@ def broken(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "broken"))
 
 
+def members(data: ShardDataset, sample: int) -> range:
+    """As many as the identity of a sample has images."""
+    return range(IMAGES_OF[data.member_name(sample).split("/")[0]])
+
+
 def stream(data: ShardDataset, *, start: int, num: int, batch: int, world: int) -> list[int]:
     """Samples in global order, woven together from all ranks."""
     ranks = [
@@ -38,12 +44,22 @@ def stream(data: ShardDataset, *, start: int, num: int, batch: int, world: int) 
     ]
 
 
-@given(batch=st.integers(1, 6), world=st.integers(1, 4), skip=st.integers(0, 5), workers=st.integers(1, 3))
-@settings(max_examples=25, deadline=None)
+ORDERS = [RandomOrder(), BlockOrder(block_samples=3, window_blocks=2), BalancedOrder(), WeightedOrder()]
+
+
+@given(
+    batch=st.integers(1, 6),
+    world=st.integers(1, 4),
+    skip=st.integers(0, 5),
+    workers=st.integers(1, 3),
+    least=st.integers(1, 3),
+    order=st.sampled_from(ORDERS),
+)
+@settings(max_examples=60, deadline=None)
 def test_order_does_not_depend_on_ranks_batches_or_resume(
-    packed: Path, batch: int, world: int, skip: int, workers: int
+    packed: Path, batch: int, world: int, skip: int, workers: int, least: int, order: OrderConfig
 ) -> None:
-    data = ShardDataset(packed, image_size=16, workers=workers)
+    data = ShardDataset(packed, image_size=16, workers=workers, min_images_per_identity=least, order=order)
     n = data.num_samples
     steps = -(-3 * n // (batch * world))
     reference = data.samples_at(np.arange(steps * batch * world), seed=5).tolist()
@@ -51,8 +67,12 @@ def test_order_does_not_depend_on_ranks_batches_or_resume(
     start = min(skip, steps - 1) * batch * world
     rest = stream(data, start=start, num=steps - min(skip, steps - 1), batch=batch, world=world)
     assert rest == reference[start:]
-    for epoch in range(3):
-        assert sorted(reference[epoch * n : (epoch + 1) * n]) == list(range(n))
+    kept = sorted(sample for sample in range(19) if len(members(data, sample)) >= least)
+    assert len(kept) == n
+    if isinstance(order, RandomOrder | BlockOrder):
+        for epoch in range(3):
+            assert sorted(reference[epoch * n : (epoch + 1) * n]) == kept
+    assert set(reference) <= set(kept)
 
 
 def test_pixels_and_labels_belong_to_the_sample(packed: Path) -> None:
