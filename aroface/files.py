@@ -1,17 +1,19 @@
 """Files that are whole or absent: atomic writes, checksums, refusals to overwrite."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aroface.errors import DataError
 
-__all__ = ["atomic_path", "fsync_directory", "new_directory", "read_json", "sha256_of", "write_json"]
+__all__ = ["atomic_path", "fsync_directory", "new_directory", "read_json", "sha256_of", "write_csv", "write_json"]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -77,6 +79,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a JSON {type(value).__name__}; an object is expected.")
     return value
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table as CSV, atomically. Names that are no Unicode keep their bytes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
 
 
 def new_directory(path: Path, *, what: str) -> Path:

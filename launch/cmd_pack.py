@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=int, default=8192, help="default: %(default)s")
     parser.add_argument("--licence", default="unknown", metavar="TEXT", help="licence note kept in the manifest")
     parser.add_argument("--template", choices=["arcface_112"], default="arcface_112", help="how the faces are aligned")
+    parser.add_argument("--no-summary", action="store_true", help="do not write summary.html, which shows 60 images")
     chosen = parser.add_argument_group("which images")
     chosen.add_argument(
         "--min-images", type=int, default=1, help="leave out identities with fewer (default: %(default)s)"
@@ -85,9 +86,13 @@ def run(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace, out: Path, part: "Part") -> "Manifest":
     from launch.progress import StagedProgress
     from shards.pack import pack
+    from shards.summary import write_summary
 
     with StagedProgress(unit="images") as progress:
-        return pack(args.source, out, _options(args, part), workers=args.workers, progress=progress.update)
+        manifest = pack(args.source, out, _options(args, part), workers=args.workers, progress=progress.update)
+    if not args.no_summary:
+        write_summary(out)
+    return manifest
 
 
 def _options(args: argparse.Namespace, part: "Part") -> "PackOptions":
@@ -129,6 +134,7 @@ def print_manifest(manifest: "Manifest", out: Path) -> None:
         ("equal images", f"{manifest.duplicates:,}{' (duplicates.csv)' if manifest.duplicates else ''}"),
         ("of several people", f"{manifest.conflicts:,}"),
         ("written to", str(out)),
+        ("page about them", str(out / "summary.html") if (out / "summary.html").is_file() else "-"),
     ]
     for name, value in rows:
         print(f"{name:<20} {value}")

@@ -138,6 +138,10 @@ class ShardDataset:
         self._class_map = np.cumsum(keep_class) - 1
         self.num_classes = int(keep_class.sum())
 
+    def image_bytes(self) -> NDArray[np.int32]:
+        """(N,) bytes of every stored image file."""
+        return np.concatenate([np.asarray(index.length) for index in self._indices])
+
     def samples_at(self, positions: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
         """Samples at stream positions: position p is place p mod N of epoch p // N."""
         result = self._order.samples_at(positions, seed=seed)

@@ -1,7 +1,5 @@
 """Images that occur more than once, byte for byte, found by a 128-bit hash of the file."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aroface.files import atomic_path
+from aroface.files import write_csv
 from shards.image_table import ImageTable
 
 __all__ = ["DUPLICATES_NAME", "HASH_BYTES", "Duplicates", "find_duplicates", "hash_image", "write_duplicates"]
@@ -82,13 +80,10 @@ def write_duplicates(
     directory: Path, table: ImageTable, people: Sequence[str], found: Duplicates, *, drop: bool
 ) -> None:
     """Write `duplicates.csv`: one line per image of a group, atomically."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["group", "image", "identity", "conflict", "packed"])
-    for number, (group, conflict) in enumerate(zip(found.groups, found.conflicts, strict=True)):
-        for place, row in enumerate(group):
-            packed = not drop or (not conflict and place == 0)
-            identity = people[table.identity[row]]
-            writer.writerow([number, table.key(row), identity, *("yes" if b else "no" for b in (conflict, packed))])
-    with atomic_path(directory / DUPLICATES_NAME) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
+    rows = [
+        (number, table.key(row), people[table.identity[row]], *("yes" if b else "no" for b in (conflict, packed)))
+        for number, (group, conflict) in enumerate(zip(found.groups, found.conflicts, strict=True))
+        for place, row in enumerate(group)
+        for packed in [not drop or (not conflict and place == 0)]
+    ]
+    write_csv(directory / DUPLICATES_NAME, ("group", "image", "identity", "conflict", "packed"), rows)

@@ -5,7 +5,6 @@ offset int64 (of the image bytes in the tar), length int32 (bytes), label int32 
 """
 
 import csv
-import io
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aroface.errors import DataError
-from aroface.files import atomic_path, read_json, sha256_of
+from aroface.files import atomic_path, read_json, sha256_of, write_csv
 
 __all__ = [
     "FORMAT_VERSION",
@@ -70,6 +69,7 @@ class Manifest(_Record):
     licence: str = Field(description="licence note of the images, as given when packing")
     skipped: int = Field(ge=0, description="unreadable images that were left out")
     duplicates: int = Field(0, ge=0, description="images that are byte for byte another one of the sources")
+    identities_sha256: str | None = Field(None, description="of identities.csv; null in sets of older versions")
     conflicts: int = Field(0, ge=0, description="images that are found under two or more identities")
     shards: list[ShardEntry] = Field(min_length=1)
 
@@ -167,14 +167,11 @@ def read_index(path: Path, *, entry: ShardEntry) -> Index:
     )
 
 
-def write_identities(directory: Path, identities: Sequence[Identity]) -> None:
-    """Write identities.csv, atomically."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class_index", "identity", "images"])
-    writer.writerows((i.class_index, i.name, i.images) for i in identities)
-    with atomic_path(directory / IDENTITIES_NAME) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+def write_identities(directory: Path, identities: Sequence[Identity]) -> str:
+    """Write identities.csv, atomically; returns its hex SHA-256."""
+    rows = ((i.class_index, i.name, i.images) for i in identities)
+    write_csv(directory / IDENTITIES_NAME, ("class_index", "identity", "images"), rows)
+    return sha256_of(directory / IDENTITIES_NAME)
 
 
 def read_identities(directory: Path) -> list[Identity]:
@@ -185,10 +182,12 @@ def read_identities(directory: Path) -> list[Identity]:
     """
     path = directory / IDENTITIES_NAME
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.reader(file))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Pack the source again.") from error
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}. Copy it again, or pack again.") from error
     found: list[Identity] = []
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != 3 or row[0] != str(len(found)) or not row[2].isdigit():

@@ -5,9 +5,7 @@ the number of workers. While it runs, OUT/.packing holds the plan and one record
 the same plan continues there, one with another plan is refused. The manifest is written last.
 """
 
-import csv
 import fcntl
-import io
 import json
 import logging
 import shutil
@@ -23,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aroface.errors import DataError
-from aroface.files import atomic_path, read_json, write_json
+from aroface.files import read_json, write_csv, write_json
 from shards.duplicates import Duplicates, find_duplicates, write_duplicates
 from shards.image_table import ImageTable, TableBuilder
 from shards.manifest import MANIFEST_NAME, Identity, Manifest, ShardEntry, write_identities
@@ -285,7 +283,7 @@ def _finish(
         images.update({int(label): count for label, count in record.labels.items()})
     bad = [entry for record in records for entry in record.bad]
     if bad:
-        _write_csv(out / SKIPPED_NAME, ("image", "reason"), sorted(bad))
+        write_csv(out / SKIPPED_NAME, ("image", "reason"), sorted(bad))
     if found.groups:
         write_duplicates(out, table, people, found, drop=options.duplicates == "drop")
     if len(paths) > 1 or options.merges:
@@ -294,8 +292,9 @@ def _finish(
             for number, (identity, label) in enumerate(zip(table.identities, selection.label_of_identity, strict=True))
             if label >= 0
         ]
-        _write_csv(out / IDENTITY_MAP_NAME, ("class_index", "identity", "source"), sorted(rows))
+        write_csv(out / IDENTITY_MAP_NAME, ("class_index", "identity", "source"), sorted(rows))
     sizes = {size for record in records for size in record.sizes}
+    identities = [Identity(i, name, images[i]) for i, name in enumerate(selection.names)]
     manifest = Manifest(
         num_samples=sum(record.samples for record in written),
         num_classes=len(selection.names),
@@ -304,11 +303,11 @@ def _finish(
         licence=options.licence,
         template=options.template,
         skipped=len(bad),
+        identities_sha256=write_identities(out, identities),
         duplicates=found.num_surplus,
         conflicts=found.num_conflicts,
         shards=[ShardEntry(name=r.name, samples=r.samples, bytes=r.bytes, sha256=r.sha256) for r in written],
     )
-    write_identities(out, [Identity(i, name, images[i]) for i, name in enumerate(selection.names)])
     write_json(out / MANIFEST_NAME, manifest.model_dump(mode="json"))
     return manifest
 
@@ -317,12 +316,3 @@ def _source_of(table: ImageTable, identity: int) -> int:
     """Index of the source of an identity; identities of several sources are distinct."""
     first = int(np.searchsorted(table.identity, identity))
     return table.parts[int(table.part[first])][0]
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")

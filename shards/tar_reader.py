@@ -4,7 +4,7 @@ Reads ustar, GNU long names and pax paths and sizes. `tarfile` keeps an object o
 the 25 million members of WebFace12M; here nothing is kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -27,13 +27,22 @@ class TarMember(NamedTuple):
     is_file: bool  #: False for links and devices
 
 
-def tar_members(path: Path) -> Iterator[TarMember]:
+def tar_members(path: Path, *, on_damage: Callable[[str], None] | None = None) -> Iterator[TarMember]:
     """Every file or link of an uncompressed tar, in stored order.
 
+    Args:
+        path: of the tar.
+        on_damage: told of each damaged place, after which the search goes on at the next header; None: the first one
+            ends it.
+
     Raises:
-        DataError: not a tar, or damaged or cut short; the last whole member is named.
+        DataError: not a tar, or (without `on_damage`) damaged or cut short; the last whole member is named.
     """
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    with file:
         head = file.read(6)
         if (
             head[:2] == b"\x1f\x8b"
@@ -45,50 +54,98 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 f"{path} is a compressed tar; images in it cannot be read in place. Unpack it (images hardly "
                 "compress), or store it again without compression."
             )
-        yield from _walk(file, path)
-
-
-def _walk(file: BinaryIO, path: Path) -> Iterator[TarMember]:
-    total = file.seek(0, 2)
-    position, last = 0, "the beginning"
-    name: str | None = None
-    size_override: int | None = None
-    while True:
-        header = _block(file, position, path, total, last)
-        if not any(header):
+        walk = _Walk(file, path)
+        while True:
+            try:
+                yield from walk
+            except _DamageError as damage:
+                if on_damage is None:
+                    raise DataError(str(damage)) from None
+                on_damage(str(damage))
+                if walk.skip_to_next_header():
+                    continue
             return
-        if not _checksum_is_right(header):
-            raise DataError(f"{path}: no tar header after {last} (byte {position}); the file is damaged or not a tar.")
-        size, kind = _number(header[124:136]), header[156:157]
-        data = position + BLOCK_BYTES
-        if kind in (_LONG_NAME, _PAX):
-            if size > _MAX_EXTENSION_BYTES:
-                raise DataError(f"{path}: a name of {size} bytes after {last}; the file is damaged.")
-            file.seek(data)
-            extension = file.read(size)
-            if kind == _LONG_NAME:
-                name = extension.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            else:
-                fields = _pax_fields(extension)
+
+
+class _DamageError(Exception):
+    """What is wrong at one place of a tar."""
+
+
+class _Walk:
+    """Goes from header to header; can go on behind a damaged one."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._total = file.seek(0, 2)
+        self._position = 0
+        self._last = "the beginning"
+
+    def __iter__(self) -> Iterator[TarMember]:
+        name: str | None = None
+        size_override: int | None = None
+        while True:
+            header = self._header()
+            if not any(header):
+                return
+            size, kind, data = _number(header[124:136]), header[156:157], self._position + BLOCK_BYTES
+            if kind in (_LONG_NAME, _PAX):
+                fields = self._extension(data, size, kind)
                 name = fields.get("path", name)
-                size_override = int(fields["size"]) if "size" in fields else None
-        elif kind != _PAX_GLOBAL:
-            size = size if size_override is None else size_override
-            found = name if name is not None else _name(header)
-            if data + size > total:
-                raise DataError(f"{path}: {found} is cut short, {total - data} of {size} bytes; last whole: {last}.")
-            if kind != b"5":
-                yield TarMember(found, data, size, kind in _REGULAR)
-            name, size_override, last = None, None, found
-        position = data + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+                size_override = int(fields["size"]) if fields.get("size", "").isdigit() else size_override
+            elif kind != _PAX_GLOBAL:
+                size = size if size_override is None else size_override
+                found = name if name is not None else _name(header)
+                if data + size > self._total:
+                    raise _DamageError(
+                        f"{self._path}: {found} is cut short, {self._total - data} of {size} bytes; last whole: "
+                        f"{self._last}."
+                    )
+                self._position, self._last = data + _padded(size), found
+                if kind != b"5":
+                    yield TarMember(found, data, size, kind in _REGULAR)
+                name, size_override = None, None
+                continue
+            self._position = data + _padded(size)
+
+    def _header(self) -> bytes:
+        self._file.seek(self._position)
+        header = self._file.read(BLOCK_BYTES)
+        if len(header) < BLOCK_BYTES:
+            raise _DamageError(
+                f"{self._path} ends at byte {self._total} without the mark of its end; it was cut short after "
+                f"{self._last}."
+            )
+        if any(header) and not _checksum_is_right(header):
+            raise _DamageError(
+                f"{self._path}: no tar header after {self._last} (byte {self._position}); the file is damaged or not a "
+                "tar."
+            )
+        return header
+
+    def _extension(self, data: int, size: int, kind: bytes) -> dict[str, str]:
+        if size > _MAX_EXTENSION_BYTES or data + size > self._total:
+            raise _DamageError(f"{self._path}: a name of {size} bytes after {self._last}; the file is damaged.")
+        self._file.seek(data)
+        content = self._file.read(size)
+        if kind == _LONG_NAME:
+            return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+        return _pax_fields(content)
+
+    def skip_to_next_header(self) -> bool:
+        """Move to the next block that is a header; False where there is none."""
+        while True:
+            self._position += BLOCK_BYTES
+            self._file.seek(self._position)
+            header = self._file.read(BLOCK_BYTES)
+            if len(header) < BLOCK_BYTES:
+                return False
+            if header[257:262] == b"ustar" and _checksum_is_right(header):
+                return True
 
 
-def _block(file: BinaryIO, position: int, path: Path, total: int, last: str) -> bytes:
-    file.seek(position)
-    header = file.read(BLOCK_BYTES)
-    if len(header) < BLOCK_BYTES:
-        raise DataError(f"{path} ends at byte {total} without the mark of its end; it was cut short after {last}.")
-    return header
+def _padded(size: int) -> int:
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _checksum_is_right(header: bytes) -> bool:

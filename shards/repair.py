@@ -1,0 +1,209 @@
+"""A clean copy of a damaged shard directory: what can be read goes in, what cannot is listed with its reason.
+
+What tells a good sample from a bad one is the decoder, the label and, where bytes of a shard were changed, the index: a
+flipped byte that leaves a JPEG readable cannot be told from a good image and stays.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aroface.errors import DataError
+from aroface.files import new_directory, sha256_of, write_csv, write_json
+from aroface.images import decode_rgb
+from shards.manifest import (
+    MANIFEST_NAME,
+    Identity,
+    Index,
+    Manifest,
+    ShardEntry,
+    read_identities,
+    read_index,
+    read_manifest,
+    write_identities,
+)
+from shards.shard_writer import write_shard
+from shards.verify import StoredSample, stored_samples
+
+__all__ = ["DROPPED_NAME", "Repair", "repair"]
+
+DROPPED_NAME = "dropped.csv"
+
+
+@dataclass
+class Repair:
+    """What became of a directory."""
+
+    manifest: Manifest
+    dropped: list[tuple[str, str, str]] = field(default_factory=list)  #: (shard, key or empty, reason)
+    renumbered: int = 0  #: classes that got another index because others lost all their images
+
+
+def repair(directory: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Repair:
+    """Write a clean copy; the original is not touched.
+
+    Classes keep their index unless one lost all its images: then the rest are numbered anew without gaps, and
+    `identity_map.csv` tells old and new. Shards keep their names; one without a good sample is left out.
+
+    Args:
+        directory: shards, perhaps without some of manifest, identities.csv, indices.
+        out: new directory.
+        progress: called with (shards done, shards in all).
+
+    Raises:
+        DataError: no shard or no good sample is there, or `out` holds something.
+    """
+    tars = sorted(directory.glob("*.tar"))
+    if not tars:
+        raise DataError(f"{directory} holds no shard (.tar), so there is nothing to repair.")
+    new_directory(out, what="Output")
+    old = _manifest_or_none(directory)
+    names = _identity_names(directory, old)
+    salvage = _Salvage(directory, old, None if names is None else len(names))
+    kept = []
+    for number, tar in enumerate(tars):
+        kept.append(salvage.samples_of(tar))
+        progress(number, 2 * len(tars))
+    counts = Counter(label for samples in kept for _, label in samples)
+    if not counts:
+        raise DataError(f"{directory}: not one sample could be saved.")
+    present = sorted(counts)
+    new_label = {label: index for index, label in enumerate(present)}
+    entries, sizes = [], set[tuple[int, int]]()
+    for number, (tar, samples) in enumerate(zip(tars, kept, strict=True)):
+        entry = _copy(tar, out, samples, new_label, sizes)
+        entries += [entry] if entry else []
+        progress(len(tars) + number + 1, 2 * len(tars))
+    named = {label: names[label] if names else f"class_{label:08d}" for label in present}
+    identities = [Identity(new_label[label], named[label], counts[label]) for label in present]
+    manifest = Manifest(
+        num_samples=sum(entry.samples for entry in entries),
+        num_classes=len(present),
+        image_size=next(iter(sizes)) if len(sizes) == 1 else None,
+        source=old.source if old else directory.name,
+        licence=old.licence if old else "unknown",
+        skipped=(old.skipped if old else 0) + len(salvage.dropped),
+        identities_sha256=write_identities(out, identities),
+        shards=entries,
+    )
+    moved = sum(old_label != new for old_label, new in new_label.items())
+    write_csv(out / DROPPED_NAME, ("shard", "image", "reason"), salvage.dropped)
+    if moved:
+        rows = [(new, old_label, named[old_label]) for old_label, new in new_label.items()]
+        write_csv(out / "identity_map.csv", ("class_index", "old_class_index", "identity"), rows)
+    write_json(out / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    return Repair(manifest, salvage.dropped, moved)
+
+
+def _manifest_or_none(directory: Path) -> Manifest | None:
+    try:
+        return read_manifest(directory)
+    except DataError:
+        return None
+
+
+def _identity_names(directory: Path, manifest: Manifest | None) -> list[str] | None:
+    """Names by class index; None where the file is gone or does not fit, then names are made from the index."""
+    try:
+        names = [identity.name for identity in read_identities(directory)]
+    except DataError:
+        return None
+    return names if names and (manifest is None or len(names) == manifest.num_classes) else None
+
+
+class _Salvage:
+    """Finds the good samples of one shard after the other."""
+
+    def __init__(self, directory: Path, manifest: Manifest | None, num_classes: int | None) -> None:
+        self._entries = {} if manifest is None else {entry.name: entry for entry in manifest.shards}
+        self._num_classes = num_classes if num_classes is not None else manifest.num_classes if manifest else None
+        self._seen: set[str] = set()
+        self.dropped: list[tuple[str, str, str]] = []
+        if manifest is not None:
+            present = {path.name for path in directory.glob("*.tar")}
+            self.dropped += [
+                (entry.name, "", f"the shard is missing, with {entry.samples} samples")
+                for entry in manifest.shards
+                if entry.name not in present
+            ]
+
+    def samples_of(self, tar: Path) -> list[tuple[StoredSample, int]]:
+        """The good samples of a shard with their labels; the others are listed in `dropped`."""
+        entry = self._entries.get(tar.name)
+        labels = _labels_by_offset(tar, entry)
+        is_untouched = entry is not None and tar.stat().st_size == entry.bytes and sha256_of(tar) == entry.sha256
+        good: list[tuple[StoredSample, int]] = []
+        try:
+            with tar.open("rb") as file:
+                for sample in stored_samples(tar, on_damage=lambda text: self.dropped.append((tar.name, "", text))):
+                    file.seek(sample.image.offset)
+                    data = file.read(sample.image.size)
+                    told = labels.get(sample.image.offset)
+                    reason, label = self._judge(sample, data, _label_in(tar, sample), told, is_untouched=is_untouched)
+                    if reason:
+                        self.dropped.append((tar.name, sample.image.name, reason))
+                    else:
+                        good.append((sample, label))
+        except DataError as error:
+            self.dropped.append((tar.name, "", str(error)))
+        return good
+
+    def _judge(
+        self, sample: StoredSample, data: bytes, stored: int | None, told: int | None, *, is_untouched: bool
+    ) -> tuple[str, int]:
+        """Why a sample is dropped (empty: it is good), and its label."""
+        label = stored if stored is not None else told
+        if not sample.image.is_file or ".." in sample.image.name.split("/") or sample.image.name.startswith("/"):
+            return "a link, or a name that leads out of the shard", -1
+        if sample.image.name in self._seen:
+            return "its key comes a second time", -1
+        if label is None:
+            return "no readable label in the tar or in the index", -1
+        if stored is not None and told is not None and stored != told and not is_untouched:
+            return f"label {stored} in the tar, {told} in the index", -1
+        if label < 0 or (self._num_classes is not None and label >= self._num_classes):
+            return f"label {label} is outside [0, {self._num_classes})", -1
+        try:
+            decode_rgb(data, name="image")
+        except DataError as error:
+            return str(error), -1
+        self._seen.add(sample.image.name)
+        return "", label
+
+
+def _labels_by_offset(tar: Path, entry: ShardEntry | None) -> dict[int, int]:
+    """Label by offset of the image, from an index that belongs to this shard."""
+    if entry is None:
+        return {}
+    try:
+        index: Index = read_index(tar.with_suffix(".idx"), entry=entry)
+    except DataError:
+        return {}
+    return dict(zip(index.offset.tolist(), index.label.tolist(), strict=True))
+
+
+def _label_in(tar: Path, sample: StoredSample) -> int | None:
+    if sample.label is None or not 0 < sample.label.size < 10:
+        return None
+    with tar.open("rb") as file:
+        file.seek(sample.label.offset)
+        text = file.read(sample.label.size)
+    return int(text) if text.isdigit() else None
+
+
+def _copy(
+    tar: Path,
+    out: Path,
+    samples: list[tuple[StoredSample, int]],
+    new_label: dict[int, int],
+    sizes: set[tuple[int, int]],
+) -> ShardEntry | None:
+    with tar.open("rb") as file, write_shard(out, tar.stem) as writer:
+        for sample, label in samples:
+            file.seek(sample.image.offset)
+            data = file.read(sample.image.size)
+            height, width, _ = decode_rgb(data).shape
+            sizes.add((width, height))
+            writer.add(sample.image.name, data, new_label[label])
+    return writer.entry
