@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gallery": ("launch.cmd_gallery", "build, search and inspect a gallery"),
     "evaluate": ("launch.cmd_evaluate", "identification and verification numbers, with intervals"),
     "report": ("launch.cmd_report", "results -> one page of tables and curves"),
+    "bench": ("launch.cmd_bench", "what this machine reaches, against its limit and the usual way"),
     "doctor": ("launch.cmd_doctor", "what is installed here, what works, and how to mend the rest"),
 }
 

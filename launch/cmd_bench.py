@@ -9,7 +9,12 @@ import argparse
 from launch.subcommands import declare, run_chosen
 
 #: benchmark -> (module with add_arguments and run, one line of help)
-BENCHMARKS: dict[str, tuple[str, str]] = {}
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "loader": (
+        "launch.bench.loader",
+        "packing, opening and reading shards, beside arcface_torch and webdataset",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

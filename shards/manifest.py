@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aroface.errors import DataError
@@ -124,12 +124,13 @@ def manifest_fingerprint(directory: Path) -> str:
 
 
 def write_index(
-    path: Path, offset: Sequence[int], length: Sequence[int], label: Sequence[int], *, tar_bytes: int, tar_sha256: str
+    path: Path, offset: ArrayLike, length: ArrayLike, label: ArrayLike, *, tar_bytes: int, tar_sha256: str
 ) -> None:
     """Write the index of one tar, atomically. Size and SHA-256 of the tar tie the two together."""
+    offsets = np.asarray(offset, "<i8")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(_INDEX_HEADER.pack(_INDEX_MAGIC, len(offset), tar_bytes, bytes.fromhex(tar_sha256)))
-        file.write(np.asarray(offset, "<i8").tobytes())
+        file.write(_INDEX_HEADER.pack(_INDEX_MAGIC, len(offsets), tar_bytes, bytes.fromhex(tar_sha256)))
+        file.write(offsets.tobytes())
         file.write(np.asarray(length, "<i4").tobytes())
         file.write(np.asarray(label, "<i4").tobytes())
 

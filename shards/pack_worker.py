@@ -90,19 +90,18 @@ class PackWorker:
         bad: list[tuple[str, str]] = []
         name = shard_name(shard)
         with write_shard(self._job.out, name) as writer:
-            for place, row in enumerate(chosen.tolist()):
-                key = self._table.key(row)
+            labelled = zip(self._table.entries(chosen), labels[self._table.identity[chosen]].tolist(), strict=True)
+            for place, ((key, source, entry), label) in enumerate(labelled):
                 try:
-                    source, entry = self._table.entry(row)
                     data = self._sources[source].read(entry)
                     prepared = self._job.preparation.apply(data, entry.landmarks, name=key)
                 except DataError as error:
                     bad.append((key, str(error)))
                     continue
-                hashes[place] = np.frombuffer(hash_image(data), np.uint8)
+                hashes[place] = memoryview(hash_image(data))
                 sizes.add(prepared.size)
                 stored = key if prepared.suffix is None else f"{key.rpartition('.')[0]}{prepared.suffix}"
-                writer.add(stored, prepared.data, int(labels[self._table.identity[row]]))
+                writer.add(stored, prepared.data, label)
         _save(self._job.work / f"{name}.hashes.npy", hashes)
         _save(self._job.work / f"{name}.rows.npy", chosen)
         counts = {str(label): count for label, count in sorted(Counter(writer.labels).items())}
@@ -118,8 +117,7 @@ class PackWorker:
         if path.is_file():
             return stop - start
         hashes = np.zeros((stop - start, HASH_BYTES), np.uint8)
-        for place, row in enumerate(range(start, stop)):
-            source, entry = self._table.entry(row)
+        for place, (_, source, entry) in enumerate(self._table.entries(np.arange(start, stop))):
             try:
                 hashes[place] = np.frombuffer(hash_image(self._sources[source].read(entry)), np.uint8)
             except DataError:

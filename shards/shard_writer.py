@@ -56,13 +56,11 @@ class ShardWriter:
         """
         stem, suffix = sample_name(key)
         text = str(label).encode()
-        headers = tar_header(f"{stem}{suffix}", len(data)), tar_header(f"{stem}.cls", len(text))
-        self._write(headers[0])
-        self.offsets.append(self.bytes)
+        header, label_header = tar_header(f"{stem}{suffix}", len(data)), tar_header(f"{stem}.cls", len(text))
+        self.offsets.append(self.bytes + len(header))
         self.lengths.append(len(data))
         self.labels.append(label)
-        for piece in (data, padding(len(data)), headers[1], text, padding(len(text))):
-            self._write(piece)
+        self._write(b"".join((header, data, padding(len(data)), label_header, text, padding(len(text)))))
 
     def _write(self, piece: bytes) -> None:
         self._buffer += piece

@@ -7,10 +7,11 @@ __all__ = ["BLOCK_BYTES", "padding", "tar_header"]
 BLOCK_BYTES = 512
 
 _NAME_BYTES, _PREFIX_BYTES = 100, 155
-# mode, owner, group; then size; then time of modification, checksum, type, link name, magic, owner and device
+# mode, owner, group; size; time of modification; checksum; type, link name, magic, owner and device; prefix
 _BEFORE_SIZE = b"0000644\0" + b"0000000\0" * 2
-_AFTER_SIZE = b"00000000000\0" + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000" + bytes(80)
-_CHECKSUM_AT = 148
+_BEFORE_CHECKSUM = b"00000000000\0"
+_BEFORE_PREFIX = b"0" + bytes(100) + b"ustar\x0000" + bytes(80)
+_FIXED_SUM = sum(_BEFORE_SIZE + _BEFORE_CHECKSUM + _BEFORE_PREFIX) + 8 * ord(" ")  # the checksum counts as spaces
 _MAX_SIZE = 8**11 - 1
 
 
@@ -30,16 +31,18 @@ def tar_header(name: str, size: int) -> bytes:
     if size > _MAX_SIZE:
         raise DataError(f"{name!r} has {size} bytes; a tar member holds {_MAX_SIZE} at most.")
     size_field = b"%011o\0" % size
-    header = (
-        encoded.ljust(_NAME_BYTES, b"\0")
-        + _BEFORE_SIZE
-        + size_field
-        + _AFTER_SIZE
-        + prefix.ljust(_PREFIX_BYTES, b"\0")
-        + bytes(12)
+    checksum = b"%06o\0 " % (_FIXED_SUM + sum(encoded) + sum(size_field) + sum(prefix))
+    return b"".join(
+        (
+            encoded.ljust(_NAME_BYTES, b"\0"),
+            _BEFORE_SIZE,
+            size_field,
+            _BEFORE_CHECKSUM,
+            checksum,
+            _BEFORE_PREFIX,
+            prefix.ljust(_PREFIX_BYTES + 12, b"\0"),
+        )
     )
-    checksum = b"%06o\0 " % sum(header)
-    return header[:_CHECKSUM_AT] + checksum + header[_CHECKSUM_AT + 8 :]
 
 
 def padding(size: int) -> bytes:

@@ -16,7 +16,7 @@ MAX_IMAGE_BYTES = 64 << 20
 #: x and y of left eye, right eye, nose, left and right mouth corner, in pixels of the image.
 Landmarks = tuple[float, float, float, float, float, float, float, float, float, float]
 
-_MAGICS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"BM": ".bmp"}
+_MAGICS = {b"\x89PNG\r\n\x1a\n": ".png", b"BM": ".bmp"}
 
 
 class Entry(NamedTuple):
@@ -79,6 +79,8 @@ def entry_of_path(path: str, *, source: str) -> tuple[str, str, str] | None:
 def suffix_of_bytes(data: bytes | memoryview) -> str | None:
     """`.jpg`, `.png`, `.bmp` or `.webp` from the first bytes of an image file; None for anything else."""
     head = bytes(data[:12])
+    if head.startswith(b"\xff\xd8\xff"):  # nearly all
+        return ".jpg"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return ".webp"
     return next((suffix for magic, suffix in _MAGICS.items() if head.startswith(magic)), None)

@@ -47,7 +47,7 @@ class RecordIoSource:
         self._index = prefix.with_name(f"{prefix.name}.idx")
         try:
             with self._path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
             raise DataError(f"{self._path} cannot be read: {error}.") from error
 
@@ -59,29 +59,28 @@ class RecordIoSource:
             if first_identity is not None and (key == 0 or key >= first_identity):
                 continue
             where = f"{self._path}: record {key}"
-            record = self._record(offset, where)
+            record = self._record(offset, where)  # a view: only its first bytes are read
             label, start = _image_header(record, where)
             if classes is not None and label >= classes:
                 raise DataError(f"{where}: label {label}, but the property file says {classes} classes.")
             suffix = suffix_of_bytes(record[start : start + 12])
             if suffix is None:
-                raise DataError(
-                    f"{where} holds no JPEG, PNG, BMP or WebP file (its first bytes: {record[start:][:4]!r})."
-                )
+                begin = bytes(record[start : start + 4])
+                raise DataError(f"{where} holds no JPEG, PNG, BMP or WebP file (its first bytes: {begin!r}).")
             yield Entry(f"{label:08d}", f"{key:08d}{suffix}", self._path.name, offset, len(record) - start)
 
     def read(self, entry: Entry) -> bytes:
         """The image file inside one record."""
         where = f"{self._path}: record {entry.name.partition('.')[0]}"
         record = self._record(entry.offset, where)
-        return record[_image_header(record, where)[1] :]
+        return bytes(record[_image_header(record, where)[1] :])
 
-    def _record(self, offset: int, where: str) -> bytes:
-        """The data of the record at an offset, put together from its parts."""
+    def _record(self, offset: int, where: str) -> memoryview:
+        """The data of the record at an offset, put together where they lie in parts."""
         return self._record_and_end(offset, where)[0]
 
-    def _record_and_end(self, offset: int, where: str) -> tuple[bytes, int]:
-        parts: list[bytes] = []
+    def _record_and_end(self, offset: int, where: str) -> tuple[memoryview, int]:
+        parts: list[memoryview] = []
         while True:
             if offset < 0 or offset + _FRAME.size > len(self._data):
                 raise DataError(f"{where} lies beyond the end of the file (byte {offset}); the .rec was cut short.")
@@ -98,8 +97,10 @@ class RecordIoSource:
                 raise DataError(f"{where} is cut short: {len(self._data) - start} of {length} bytes are there.")
             parts.append(self._data[start : start + length])
             offset = start + -(-length // 4) * 4
-            if kind in (_WHOLE, _LAST):
-                return _MAGIC_BYTES.join(parts), offset
+            if kind == _WHOLE:
+                return parts[0], offset
+            if kind == _LAST:
+                return memoryview(_MAGIC_BYTES.join(parts)), offset
 
     def _offsets(self) -> Iterator[tuple[int, int]]:
         """(record number, offset), from the index or, without one, by walking through the records."""
@@ -136,7 +137,7 @@ class RecordIoSource:
         return int(first)
 
 
-def _image_header(record: bytes, where: str) -> tuple[int, int]:
+def _image_header(record: memoryview, where: str) -> tuple[int, int]:
     """Label and place of the image file in a record."""
     if len(record) < _HEADER.size:
         raise DataError(f"{where} has {len(record)} bytes, too few for the header of an image.")

@@ -1,13 +1,22 @@
-import time
+import os
 
-from launch.measure import interleave, machine, ratio
+import pytest
+
+from launch.bench.measure import interleave, machine, ratio
 
 
-def spin(seconds: float, items: int) -> int:
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        pass
-    return items
+class Clock:
+    """Stands in for the time of this process: work costs what it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall_s = self.cpu_s = 0.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.wall_s)
+        monkeypatch.setattr("os.times", lambda: os.times_result((self.cpu_s, 0.0, 0.0, 0.0, self.wall_s)))
+
+    def spend(self, cpu_s: float, items: int) -> int:
+        self.cpu_s += cpu_s
+        self.wall_s += 2 * cpu_s
+        return items
 
 
 def test_rounds_are_interleaved_and_the_first_is_not_counted():
@@ -20,10 +29,20 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted():
     assert [(m.name, m.items, len(m.rounds)) for m in found] == [("a", 3, 2), ("b", 5, 2)]
 
 
-def test_the_ratio_counts_items_per_cpu_second():
-    fast, slow = interleave({"fast": lambda: spin(0.05, 40), "slow": lambda: spin(0.05, 10)}, rounds=3)
-    assert 3 < ratio(fast, slow) < 5
-    assert 0.045 < slow.cpu_s < 0.2
+def test_the_ratio_counts_items_per_cpu_second(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch)
+    neighbour = iter([9.0, 1.0, 3.0, 2.0])  # a busy machine slows all the variants of one round
+    load = [0.0]
+
+    def fast() -> int:
+        load[0] = next(neighbour)
+        return clock.spend(0.5 * load[0], 40)
+
+    quick, slow = interleave({"fast": fast, "slow": lambda: clock.spend(0.5 * load[0], 10)}, rounds=3)
+    assert ratio(quick, slow) == pytest.approx(4)
+    assert (quick.cpu_s, quick.wall_s) == pytest.approx((1.0, 2.0))  # the medians, without the first round
+    assert slow.items_per_cpu_s == pytest.approx(10)
+    assert slow.items_per_s == pytest.approx(5)
 
 
 def test_the_machine_names_what_ran():

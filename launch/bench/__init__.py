@@ -1,0 +1,1 @@
+"""Benchmarks: each module is one entry of `aroface bench`; `measure` times, `peers` rebuilds the ways of others."""

@@ -1,0 +1,100 @@
+"""How other projects feed a training step, rebuilt plainly from their description, to be measured beside ours.
+
+`arcface_batches` does per sample what InsightFace's arcface_torch does: read a record by its offset, decode it with
+OpenCV as MXNet does, make a PIL image, flip it half of the time, turn it into a float tensor of planes and normalise
+that; worker processes of a `DataLoader` collate the batch. `webdataset_batches` is the pipeline of WebDataset's own
+documentation: shuffle buffer, `decode("torchrgb")`, tuples, batches.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from aroface.errors import DataError
+
+__all__ = ["RecordWriter", "arcface_batches", "webdataset_batches"]
+
+_MAGIC = 0xCED7230A
+_FRAME, _HEADER = struct.Struct("<2I"), struct.Struct("<IfQQ")
+
+
+class RecordWriter:
+    """Writes `train.rec`, `train.idx` and `property`; a context manager. Images must not hold the magic word."""
+
+    def __init__(self, folder: Path, *, classes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "property").write_text(f"{classes},112,112", encoding="utf-8")
+        self._records = (folder / "train.rec").open("wb")
+        self._index = (folder / "train.idx").open("w", encoding="utf-8")
+        self._count = 0
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._records.close()
+        self._index.close()
+
+    def add(self, image: bytes, label: int) -> None:
+        """Append one image file."""
+        record = _HEADER.pack(0, label, self._count, 0) + image
+        self._index.write(f"{self._count}\t{self._records.tell()}\n")
+        self._records.write(_FRAME.pack(_MAGIC, len(record)) + record + bytes(-len(record) % 4))
+        self._count += 1
+
+
+class _RecordFaces(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """One float tensor per sample."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "train.rec"
+        lines = (folder / "train.idx").read_text(encoding="utf-8").splitlines()
+        self._offsets = [int(line.split("\t")[1]) for line in lines]
+        self._file: Any = None
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._file is None:  # every worker opens its own
+            self._file = self._path.open("rb")
+        self._file.seek(self._offsets[index])
+        _, length = _FRAME.unpack(self._file.read(_FRAME.size))
+        record = self._file.read(length)
+        _, label, _, _ = _HEADER.unpack_from(record)
+        pixels = cv2.imdecode(np.frombuffer(record, np.uint8, offset=_HEADER.size), cv2.IMREAD_COLOR)
+        if pixels is None:
+            raise DataError(f"{self._path}: record {index} is no image.")
+        image = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+        if torch.rand(1).item() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        planes = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
+        sample = planes.to(torch.float32).div(255).sub_(0.5).div_(0.5)
+        return sample, torch.tensor(int(label), dtype=torch.long)
+
+
+def arcface_batches(folder: Path, *, batch_size: int, workers: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Float batches of one epoch in random order, the last incomplete one left out."""
+    data = _RecordFaces(folder)
+    yield from DataLoader(data, batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True)
+
+
+def webdataset_batches(shards: Sequence[Path], *, batch_size: int, workers: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Float batches of one epoch through a shuffle buffer of 1000 samples, incomplete ones left out."""
+    import webdataset as wds
+
+    stream = (
+        wds.WebDataset([str(path) for path in shards], shardshuffle=False, empty_check=False)
+        .shuffle(1000)
+        .decode("torchrgb")
+        .to_tuple("jpg", "cls")
+        .batched(batch_size, partial=False)
+    )
+    yield from wds.WebLoader(stream, batch_size=None, num_workers=workers)

@@ -1,0 +1,49 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launch.bench.peers import RecordWriter, arcface_batches, webdataset_batches
+from launch.cli import main
+from shards.pack import PackOptions, pack
+from tests.helpers.face_folders import write_faces
+
+
+def test_the_loader_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faces = write_faces(tmp_path / "faces", {"ada": 5, "bob": 4})
+    out = tmp_path / "loader.json"
+    sizes = ["--images", "40", "--batch-size", "8", "--memory-images", "80", "--open-images", "9000"]
+    assert main(["bench", "loader", "--data", str(faces), *sizes, "--rounds", "1", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    assert record["reading"]["aroface"]["items"] == record["reading"]["webdataset"]["items"] == 40
+    assert record["packing"]["pack"]["items"] == record["packing"]["copy, headers with Pillow"]["items"] == 40
+    assert record["machine"]["cores"] >= 1
+    for figure in record["figures"]:
+        assert figure["name"] in printed
+        assert np.isfinite(figure["value"])
+        assert (figure["goal"] is None) == (figure["reached"] is None)
+
+
+def test_the_peers_deliver_what_we_deliver(tmp_path: Path) -> None:
+    from aroface.images import decode_rgb
+
+    faces = write_faces(tmp_path / "faces", {"ada": 3, "bob": 2})
+    files = [(path.read_bytes(), label) for label, who in enumerate(("ada", "bob")) for path in (faces / who).iterdir()]
+    with RecordWriter(tmp_path / "records", classes=2) as writer:
+        for image, label in files:
+            writer.add(image, label)
+    pack(tmp_path / "records", tmp_path / "shards", PackOptions())
+    tars = sorted((tmp_path / "shards").glob("*.tar"))
+    truth = sorted((label, _mean(decode_rgb(image) / 127.5 - 1)) for image, label in files)
+    peer = list(arcface_batches(tmp_path / "records", batch_size=1, workers=0))
+    stream = [(2 * images - 1, labels) for images, labels in webdataset_batches(tars, batch_size=1, workers=0)]
+    for found in (peer, stream):
+        delivered = sorted((int(labels[0]), _mean(images[0])) for images, labels in found)
+        assert np.array(delivered) == pytest.approx(np.array(truth), abs=2e-2)
+
+
+def _mean(image: np.ndarray | torch.Tensor) -> float:
+    return float(np.asarray(image).mean())
