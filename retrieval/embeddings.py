@@ -8,7 +8,7 @@ metadata      0-d string, JSON: model id, contract, flip                        
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from aroface.errors import DataError
 from aroface.files import atomic_path
 
-__all__ = ["EmbeddingSet", "read_embeddings", "write_embeddings"]
+__all__ = ["EmbeddingSet", "concatenate", "read_embeddings", "write_embeddings"]
 
+_BLOCK_ROWS = 8192
 _OPTIONAL = ("template_ids", "media_ids", "det_scores", "fte", "keys")
 
 
@@ -78,9 +79,12 @@ class EmbeddingSet:
 
     def unit(self) -> NDArray[np.float64]:
         """(N, D) float64 rows of length 1; zero where not enrolled."""
-        values = np.where(self.enrolled[:, None], self.embeddings, 0).astype(np.float64)
-        lengths = np.linalg.norm(values, axis=1, keepdims=True)
-        np.divide(values, lengths, out=values, where=lengths > 0)
+        values = np.zeros(self.embeddings.shape, np.float64)
+        for start in range(0, len(values), _BLOCK_ROWS):  # no second copy of the whole set on the way
+            part = slice(start, start + _BLOCK_ROWS)
+            block = np.where(self.enrolled[part, None], self.embeddings[part], 0).astype(np.float64)
+            lengths = np.linalg.norm(block, axis=1, keepdims=True)
+            np.divide(block, lengths, out=values[part], where=lengths > 0)
         return values
 
     def take(self, rows: NDArray[Any]) -> "EmbeddingSet":
@@ -89,6 +93,21 @@ class EmbeddingSet:
         return EmbeddingSet(
             self.embeddings[rows], self.subject_ids[rows], **optional, metadata=self.metadata, name=self.name
         )
+
+
+def concatenate(sets: Sequence[EmbeddingSet]) -> EmbeddingSet:
+    """The rows of several sets, one after the other; optional columns stay where all sets have them."""
+    columns = {key: [getattr(part, key) for part in sets] for key in _OPTIONAL}
+    optional = {
+        key: np.concatenate(arrays) for key, arrays in columns.items() if all(array is not None for array in arrays)
+    }
+    return EmbeddingSet(
+        np.concatenate([part.embeddings for part in sets]),
+        np.concatenate([part.subject_ids for part in sets]),
+        **optional,
+        metadata=sets[0].metadata,
+        name=" + ".join(part.name for part in sets),
+    )
 
 
 def write_embeddings(path: Path, embeddings: EmbeddingSet) -> None:

@@ -10,7 +10,6 @@ import io
 import logging
 import multiprocessing
 import os
-import resource
 import shutil
 import struct
 import tempfile
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch.bench.measure import Measurement, interleave, ratio
+from launch.bench.measure import Measurement, interleave, peak_memory_bytes, ratio
 from launch.bench.output import Report, measured
 
 if TYPE_CHECKING:
@@ -240,7 +239,7 @@ def _peak_of_packing(folder: Path, images: int) -> int:
         for number in range(images):
             writer.add(tiny[:-2] + b"%08d" % number + tiny[-2:], number // 20)
     pack(folder / "records", folder / "shards", PackOptions(samples_per_shard=_SAMPLES_PER_SHARD), workers=1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()
 
 
 def _opening(report: Report, folder: Path, samples: int) -> None:

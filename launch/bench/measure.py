@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Measurement", "interleave", "machine", "peak_memory_gib", "ratio"]
+__all__ = ["Measurement", "interleave", "machine", "peak_memory_bytes", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,15 @@ def _cpu_s() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def peak_memory_gib() -> float:
-    """Largest resident size of this process so far."""
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far; unlike `ru_maxrss` without that of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from retrieval.metrics.edc import edc, partial_area
 from retrieval.metrics.identification import (
     IdentificationResult,
     OpenSetPoint,
-    average_precision,
     evaluate_identification,
-    search_gallery,
+    evaluate_searches,
 )
 from retrieval.metrics.intervals import Interval, bootstrap_tar, wilson
-from retrieval.metrics.rules import RULES, OperatingPoint, Rule, operating_point
+from retrieval.metrics.rules import PAIR_RULES, RULES, OperatingPoint, Rule, operating_point, operating_points
+from retrieval.metrics.search import GallerySearch, average_precision, rank_scores, search_gallery
 from retrieval.metrics.verification import (
     FoldAccuracy,
     VerificationPoint,
@@ -21,8 +21,10 @@ from retrieval.metrics.verification import (
 )
 
 __all__ = [
+    "PAIR_RULES",
     "RULES",
     "FoldAccuracy",
+    "GallerySearch",
     "IdentificationResult",
     "Interval",
     "OpenSetPoint",
@@ -35,11 +37,14 @@ __all__ = [
     "edc",
     "evaluate_identification",
     "evaluate_pairs",
+    "evaluate_searches",
     "evaluate_verification",
     "kfold_accuracy",
     "operating_point",
+    "operating_points",
     "pair_scores",
     "partial_area",
+    "rank_scores",
     "search_gallery",
     "wilson",
 ]

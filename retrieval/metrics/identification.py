@@ -1,55 +1,29 @@
 """1:N search: closed-set ranks and open-set rates, exact to the last tie, in memory bounded by a tile.
 
-Legend: P probes, G gallery entries, D embedding dimension, S identities in the gallery.
+Legend: P probes, G gallery entries, D embedding dimension, S subjects in the gallery, L candidates.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aroface.errors import DataError
-from retrieval.embeddings import EmbeddingSet
-from retrieval.metrics.intervals import Interval, wilson
-from retrieval.metrics.rules import MIN_SUPPORTED, OperatingPoint, Rule, accepts, operating_point
+from retrieval.embeddings import EmbeddingSet, concatenate
+from retrieval.metrics.intervals import Interval, percentile_interval, resampled_weights, wilson
+from retrieval.metrics.rules import (
+    MIN_SUPPORTED,
+    OperatingPoint,
+    Rule,
+    accepts,
+    allowed_false_positives,
+    operating_point,
+)
+from retrieval.metrics.search import GallerySearch, RankLevel, largest_impostors, search_gallery
 
-__all__ = [
-    "GallerySearch",
-    "IdentificationResult",
-    "OpenSetPoint",
-    "RankLevel",
-    "average_precision",
-    "evaluate_identification",
-    "rank_scores",
-    "search_gallery",
-]
-
-RankLevel = Literal["entry", "identity"]
-
-#: Elements of the score tile.
-_TILE_ELEMENTS = 1 << 24
-
-
-@dataclass(frozen=True)
-class GallerySearch:
-    """Every probe against one gallery, reduced to what the metrics need. All arrays are (P,)."""
-
-    is_mated: NDArray[np.bool_]  #: the gallery lists the probe's subject, enrolled or not
-    best: NDArray[np.float32]  #: mated: highest score of a mate; non-mated: highest score of all; -inf on failure
-    rank: NDArray[np.float64]  #: 1 + rivals that score as high or higher; inf for a miss; NaN where non-mated
-    optimistic_rank: NDArray[np.float64]  #: 1 + rivals that score higher
-
-    @property
-    def mated_best(self) -> NDArray[np.float32]:
-        """Scores of the mated searches."""
-        return self.best[self.is_mated]
-
-    @property
-    def non_mated_best(self) -> NDArray[np.float32]:
-        """Highest score of each non-mated search."""
-        return self.best[~self.is_mated]
+__all__ = ["IdentificationResult", "OpenSetPoint", "evaluate_identification", "evaluate_searches"]
 
 
 @dataclass(frozen=True)
@@ -89,75 +63,12 @@ class IdentificationResult:
     num_tied: int  #: mated searches whose optimistic rank differs
     open_set: tuple[OpenSetPoint, ...]
     enrolled_ranks: tuple[tuple[int, float | None], ...]  #: CMC(k) over searches in which both sides were enrolled
+    mean_average_precision: float | None = None  #: over mated searches, where it was asked for
 
     def cmc(self, length: int) -> list[float]:
         """CMC(1..length), pooled over galleries."""
         rank = np.concatenate([s.rank[s.is_mated] for s in self.searches])
         return [float((rank <= k).mean()) for k in range(1, length + 1)] if len(rank) else []
-
-
-def search_gallery(gallery: EmbeddingSet, probes: EmbeddingSet, *, rank_level: RankLevel = "entry") -> GallerySearch:
-    """Compare every probe with every gallery entry by cosine.
-
-    Products are formed in float64 and rounded to float32, so that equal vectors score equally wherever they stand in
-    the gallery, and ties are ties.
-
-    Raises:
-        DataError: the two sets have different dimensions, or subject ids of different kinds.
-    """
-    if gallery.embeddings.shape[1] != probes.embeddings.shape[1]:
-        raise DataError(
-            f"{gallery.name} has embeddings of {gallery.embeddings.shape[1]} dimensions, {probes.name} of "
-            f"{probes.embeddings.shape[1]}; both must come from one model."
-        )
-    if (gallery.subject_ids.dtype.kind in "iu") != (probes.subject_ids.dtype.kind in "iu"):
-        raise DataError(
-            f"subject_ids are {gallery.subject_ids.dtype} in {gallery.name} and {probes.subject_ids.dtype} in "
-            f"{probes.name}; use integers in both or strings in both."
-        )
-    gallery_unit, probe_unit = gallery.unit(), probes.unit()
-    parts = []
-    rows = max(1, _TILE_ELEMENTS // len(gallery))
-    for start in range(0, len(probes), rows):
-        part = slice(start, start + rows)
-        scores = (probe_unit[part] @ gallery_unit.T).astype(np.float32)
-        scores[:, ~gallery.enrolled] = -np.inf
-        scores[~probes.enrolled[part]] = -np.inf
-        parts.append(rank_scores(scores, gallery.subject_ids, probes.subject_ids[part], rank_level=rank_level))
-    fields = ("is_mated", "best", "rank", "optimistic_rank")
-    return GallerySearch(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
-
-
-def rank_scores(
-    scores: NDArray[np.float32], gallery_ids: NDArray[Any], probe_ids: NDArray[Any], *, rank_level: RankLevel = "entry"
-) -> GallerySearch:
-    """Ranks from a matrix of scores.
-
-    Args:
-        scores: (P, G), larger is more similar, -inf where probe or entry is not enrolled.
-        gallery_ids: (G,) subjects the gallery lists; entries may repeat a subject.
-        probe_ids: (P,) subjects.
-        rank_level: `entry` counts every other entry as a rival, `identity` every other subject by its best entry.
-    """
-    order = np.argsort(gallery_ids, kind="stable")
-    subjects, starts = np.unique(gallery_ids[order], return_index=True)
-    per_subject = np.maximum.reduceat(scores[:, order], starts, axis=1)
-    place = np.minimum(np.searchsorted(subjects, probe_ids), len(subjects) - 1)
-    is_mated = subjects[place] == probe_ids
-    best = np.where(is_mated, per_subject[np.arange(len(scores)), place], per_subject.max(1))
-    rank = np.full(len(scores), np.nan)
-    optimistic = np.full(len(scores), np.nan)
-    for row in np.flatnonzero(is_mated):
-        if np.isneginf(best[row]):
-            rank[row] = optimistic[row] = np.inf
-            continue
-        values = scores[row] if rank_level == "entry" else per_subject[row]
-        names = gallery_ids if rank_level == "entry" else subjects
-        as_high = values >= best[row]
-        mates = names[as_high] == probe_ids[row]
-        rank[row] = 1 + np.count_nonzero(~mates)
-        optimistic[row] = 1 + np.count_nonzero(values[as_high][~mates] > best[row])
-    return GallerySearch(is_mated, best.astype(np.float32), rank, optimistic)
 
 
 def evaluate_identification(
@@ -169,6 +80,8 @@ def evaluate_identification(
     candidates: int = 20,
     rank_level: RankLevel = "entry",
     rule: Rule = "canonical",
+    with_average_precision: bool = False,
+    resamples: int = 0,
 ) -> IdentificationResult:
     """Search one gallery, or two galleries separately with all probes.
 
@@ -179,32 +92,80 @@ def evaluate_identification(
         fpirs: wanted false-positive identification rates.
         candidates: L, the list length of the second TPIR.
         rank_level: what counts as a rival.
-        rule: how a rate becomes a threshold.
+        rule: how a rate becomes a threshold; `ijb_1n` merges the galleries.
+        with_average_precision: also TinyFace's AP of every mated search.
+        resamples: of the bootstrap over subjects; 0: Wilson intervals, for independent searches.
 
     Returns:
         Closed set pooled over galleries; open set per gallery and their unweighted mean.
     """
-    searches = tuple(search_gallery(gallery, probes, rank_level=rank_level) for gallery in galleries)
+    if rule == "ijb_1n":
+        galleries = [concatenate(galleries)]
+    searches = [
+        search_gallery(
+            gallery,
+            probes,
+            rank_level=rank_level,
+            ties="last_column" if rule == "argsort_rev" else "against_probe",
+            with_average_precision=with_average_precision,
+        )
+        for gallery in galleries
+    ]
+    result = evaluate_searches(
+        searches,
+        subjects=probes.subject_ids,
+        ranks=ranks,
+        fpirs=fpirs,
+        candidates=candidates,
+        rank_level=rank_level,
+        rule=rule,
+        resamples=resamples,
+    )
+    if rule == "ijb_1n":
+        result = replace(result, open_set=_pseudo_open_set(galleries[0], probes, searches[0], fpirs))
+    return replace(
+        result,
+        num_probe_failures=int((~probes.enrolled).sum()),
+        num_gallery_failures=sum(int((~g.enrolled).sum()) for g in galleries),
+    )
+
+
+def evaluate_searches(
+    searches: Sequence[GallerySearch],
+    *,
+    subjects: NDArray[Any],
+    ranks: Sequence[int] = (1, 5, 10, 20),
+    fpirs: Sequence[float] = (0.001, 0.01, 0.1),
+    candidates: int = 20,
+    rank_level: RankLevel = "entry",
+    rule: Rule = "canonical",
+    resamples: int = 0,
+) -> IdentificationResult:
+    """Metrics of finished searches, all by the same (P,) probes of `subjects`; other arguments as above."""
     rank = np.concatenate([s.rank[s.is_mated] for s in searches])
     optimistic = np.concatenate([s.optimistic_rank[s.is_mated] for s in searches])
     enrolled = rank[np.isfinite(rank)]
     closed = tuple((k, *_share(int((rank <= k).sum()), len(rank))) for k in ranks)
     means = tuple(_mean([_share(int((s.rank <= k).sum()), int(s.is_mated.sum()))[0] for s in searches]) for k in ranks)
-    return IdentificationResult(
+    precisions = [s.average_precision[s.is_mated] for s in searches if s.average_precision is not None]
+    open_rule: Rule = "canonical" if rule == "ijb_1n" else rule
+    result = IdentificationResult(
         rule=rule,
         rank_level=rank_level,
         candidates=candidates,
-        searches=searches,
+        searches=tuple(searches),
         num_mated=len(rank),
         num_non_mated=sum(int((~s.is_mated).sum()) for s in searches),
-        num_probe_failures=int((~probes.enrolled).sum()),
-        num_gallery_failures=sum(int((~g.enrolled).sum()) for g in galleries),
+        num_probe_failures=0,
+        num_gallery_failures=0,
         ranks=closed,
         mean_over_galleries=means,
         num_tied=int((rank != optimistic).sum()),
-        open_set=tuple(_open_set(searches, fpir, candidates, rule) for fpir in fpirs),
+        open_set=tuple(_open_set(searches, fpir, candidates, open_rule) for fpir in fpirs),
         enrolled_ranks=tuple((k, _share(int((enrolled <= k).sum()), len(enrolled))[0]) for k in ranks),
+        mean_average_precision=float(np.concatenate(precisions).mean()) if precisions and len(rank) else None,
     )
+    return _with_bootstrap(result, subjects, resamples) if resamples and rule == "canonical" else result
 
 
 def _share(hits: int, total: int) -> tuple[float | None, Interval | None]:
@@ -248,19 +209,75 @@ def _open_set_point(search: GallerySearch, fpir: float, candidates: int, rule: R
     return OpenSetPoint(fpir, value, value_l, None, point, interval, interval_l)
 
 
-def average_precision(mate_ranks: Sequence[int]) -> float:
-    """TinyFace's AP: trapezoids between the precision before and at each mate.
+def _pseudo_open_set(
+    gallery: EmbeddingSet, probes: EmbeddingSet, search: GallerySearch, fpirs: Sequence[float]
+) -> tuple[OpenSetPoint, ...]:
+    """The closed-set "TPIR" of the rule `ijb_1n`: false alarms among all impostor pairs, counted per probe."""
+    mated = search.mated_best
+    places = [max(math.ceil(fpir * len(probes)) - 1, 0) for fpir in fpirs]
+    top = largest_impostors(gallery, probes, count=max(places, default=0) + 1)
+    points = []
+    for fpir, place in zip(fpirs, places, strict=True):
+        if not len(mated) or not len(top):
+            reason = "no mated searches" if not len(mated) else "no impostor pairs"
+            points.append(OpenSetPoint(fpir, None, None, reason, None, None, None))
+            continue
+        threshold = float(top[min(place, len(top) - 1)])
+        realised = float((top > threshold).sum()) / len(probes)
+        value, interval = _share(int((mated > threshold).sum()), len(mated))
+        point = OperatingPoint(threshold, True, place, realised)
+        points.append(OpenSetPoint(fpir, value, value, None, point, interval, interval))
+    return tuple(points)
 
-    Args:
-        mate_ranks: ranks (from 1, ascending) at which the mates of a probe are listed.
 
-    Returns:
-        Mean over mates of (precision at the place before + precision at its rank) / 2, precision 1 before the first.
-    """
-    if not mate_ranks:
-        return 0.0
-    total = 0.0
-    for found, rank in enumerate(mate_ranks, start=1):
-        before = 1.0 if rank == 1 else (found - 1) / (rank - 1)
-        total += (before + found / rank) / 2
-    return total / len(mate_ranks)
+def _with_bootstrap(result: IdentificationResult, subjects: NDArray[Any], resamples: int) -> IdentificationResult:
+    """The same values with intervals over subjects."""
+    names, codes = np.unique(subjects, return_inverse=True)
+    weights = resampled_weights(len(names), resamples)
+    ranks = []
+    for k, value, _ in result.ranks:
+        hits = sum(weights @ _per_subject(codes, s.is_mated & (s.rank <= k), len(names)) for s in result.searches)
+        total = sum(weights @ _per_subject(codes, s.is_mated, len(names)) for s in result.searches)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ranks.append((k, value, percentile_interval(np.asarray(hits / total, np.float64))))
+    open_set = []
+    for point in result.open_set:
+        if point.tpir is None:
+            open_set.append(point)
+            continue
+        values = np.mean(
+            [_resampled_tpir(s, codes, weights, point.fpir, result.candidates) for s in result.searches], axis=0
+        )
+        intervals = [percentile_interval(column) for column in values.T]
+        open_set.append(replace(point, interval=intervals[0], interval_rank_l=intervals[1]))
+    return replace(result, ranks=tuple(ranks), open_set=tuple(open_set))
+
+
+def _per_subject(codes: NDArray[np.int64], chosen: NDArray[np.bool_], subjects: int) -> NDArray[np.float32]:
+    return np.bincount(codes[chosen], minlength=subjects).astype(np.float32)
+
+
+def _resampled_tpir(
+    search: GallerySearch, codes: NDArray[np.int64], weights: NDArray[np.float32], fpir: float, candidates: int
+) -> NDArray[np.float64]:
+    """(R, 2) TPIR at rank 1 and within L in each resample, the threshold set anew."""
+    others = np.flatnonzero(~search.is_mated)
+    others = others[np.argsort(-search.best[others], kind="stable")]
+    thresholds = np.append(search.best[others], -np.inf)
+    columns = []
+    for limit in (1, candidates):
+        found = np.flatnonzero(search.is_mated & (search.rank <= limit) & np.isfinite(search.best))
+        found = found[np.argsort(-search.best[found], kind="stable")]
+        columns.append((codes[found], -search.best[found]))
+    mated = _per_subject(codes, search.is_mated, weights.shape[1])
+    values = np.full((len(weights), 2), np.nan)
+    for row, weight in zip(values, weights, strict=True):
+        passed = np.cumsum(weight[codes[others]], dtype=np.float64)
+        total = float(weight @ mated)
+        if not total or not len(passed) or not passed[-1]:
+            continue
+        place = int(np.searchsorted(passed, allowed_false_positives(float(passed[-1]), fpir), side="right"))
+        for column, (own, descending) in enumerate(columns):
+            accepted = int(np.searchsorted(descending, -thresholds[place], side="left"))
+            row[column] = float(weight[own[:accepted]].sum(dtype=np.float64)) / total
+    return values

@@ -12,22 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.embeddings import EmbeddingSet
-from retrieval.metrics.intervals import Interval, bootstrap_tar
-from retrieval.metrics.rules import MIN_SUPPORTED, OperatingPoint, Rule, accepts, operating_point
+from retrieval.metrics.intervals import Interval, bootstrap_tar, wilson
+from retrieval.metrics.rules import MIN_SUPPORTED, OperatingPoint, Rule, accepts, operating_points
 
 __all__ = [
     "FoldAccuracy",
     "VerificationPoint",
     "VerificationResult",
+    "area_under_roc",
     "best_accuracy",
     "det_curve",
     "evaluate_pairs",
     "evaluate_verification",
     "kfold_accuracy",
     "pair_scores",
+    "tar_by_stratum",
 ]
 
 _BLOCK_PAIRS = 1 << 16
+#: Scores of one block of the product of all sides with all sides, and how many of them may go unused per listed pair.
+_BLOCK_SCORES, _MAX_UNUSED = 1 << 24, 16
 _KFOLD_THRESHOLDS = np.arange(0, 4, 0.01)
 
 
@@ -59,7 +63,7 @@ class VerificationResult:
     accuracy: float | None  #: best share of right decisions over all thresholds (optimistic: chosen on the test pairs)
     accuracy_threshold: float | None
     genuine: NDArray[np.float32]  #: (G,) scores
-    impostor: NDArray[np.float32]  #: (I,) scores
+    impostor: NDArray[np.float32]  #: (I,) scores, ascending
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,43 @@ class FoldAccuracy:
 
 
 def pair_scores(embeddings: EmbeddingSet, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Cosine of each listed pair of rows, (P,) float32; -inf where a side is not enrolled."""
-    unit = embeddings.unit()
+    """Cosine of each listed pair of rows, (P,) float32; -inf where a side is not enrolled.
+
+    Rows that occur in many pairs are multiplied block by block, which reads each of them once; scattered pairs one by
+    one. Products are formed in float64 and rounded once, so both ways give equal scores.
+    """
+    enrolled = embeddings.enrolled
+    left, left_place = np.unique(first, return_inverse=True)
+    right, right_place = np.unique(second, return_inverse=True)
     scores = np.empty(len(first), np.float32)
-    for start in range(0, len(first), _BLOCK_PAIRS):
-        part = slice(start, start + _BLOCK_PAIRS)
-        scores[part] = np.einsum("ij,ij->i", unit[first[part]], unit[second[part]])
-    scores[~(embeddings.enrolled[first] & embeddings.enrolled[second])] = -np.inf
+    if len(left) * len(right) > _MAX_UNUSED * len(first):
+        unit = embeddings.unit()
+        for start in range(0, len(first), _BLOCK_PAIRS):
+            part = slice(start, start + _BLOCK_PAIRS)
+            scores[part] = np.einsum("ij,ij->i", unit[first[part]], unit[second[part]])
+    else:
+        sides = embeddings.take(left).unit(), embeddings.take(right).unit()
+        _block_scores(*sides, left_place.astype(np.int32), right_place.astype(np.int32), scores)
+    scores[~(enrolled[first] & enrolled[second])] = -np.inf
     return scores
+
+
+def _block_scores(
+    left: NDArray[np.float64],
+    right: NDArray[np.float64],
+    left_place: NDArray[np.int32],
+    right_place: NDArray[np.int32],
+    scores: NDArray[np.float32],
+) -> None:
+    rows = max(1, _BLOCK_SCORES // len(right))
+    order = np.argsort(left_place, kind="stable") if np.any(np.diff(left_place) < 0) else None
+    sorted_place = left_place if order is None else left_place[order]
+    starts = np.arange(0, len(left), rows)
+    edges = np.searchsorted(sorted_place, np.append(starts, len(left)))
+    for start, low, high in zip(starts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        block = (left[start : start + rows] @ right.T).astype(np.float32)
+        pairs = slice(low, high) if order is None else order[low:high]
+        scores[pairs] = block[left_place[pairs] - start, right_place[pairs]]
 
 
 def evaluate_verification(
@@ -123,21 +156,23 @@ def evaluate_pairs(
 ) -> VerificationResult:
     """Metrics of scored pairs. Arguments as `evaluate_verification`; without `subjects` there are no intervals."""
     genuine, impostor = scores[same], scores[~same]
+    ascending = np.sort(impostor)
     missing = "no genuine pairs" if not len(genuine) else "no impostor pairs" if not len(impostor) else None
     intervals: list[Interval | None] = [None] * len(fars)
     if subjects is not None and resamples and missing is None and rule == "canonical":
         first, second = subjects
-        intervals = list(
-            bootstrap_tar(genuine, first[same], impostor, (first[~same], second[~same]), fars, resamples=resamples)
+        intervals = bootstrap_tar(
+            genuine, first[same], impostor, (first[~same], second[~same]), fars, resamples=resamples
         )
-    points = []
-    for far, interval in zip(fars, intervals, strict=True):
-        if missing:
-            points.append(VerificationPoint(far, None, missing, None, None))
-            continue
-        point = operating_point(impostor, far, rule=rule, positives=genuine)
-        points.append(VerificationPoint(far, float(accepts(genuine, point).mean()), None, point, interval))
-    accuracy, threshold = (None, None) if missing else best_accuracy(genuine, impostor)
+    if missing:
+        points = [VerificationPoint(far, None, missing, None, None) for far in fars]
+    else:
+        found = operating_points(ascending, fars, rule=rule, positives=genuine, is_sorted=True)
+        points = [
+            VerificationPoint(far, float(accepts(genuine, point).mean()), None, point, interval)
+            for far, point, interval in zip(fars, found, intervals, strict=True)
+        ]
+    accuracy, threshold = (None, None) if missing else best_accuracy(genuine, ascending, is_sorted=True)
     return VerificationResult(
         rule=rule,
         num_genuine=len(genuine),
@@ -147,17 +182,61 @@ def evaluate_pairs(
         accuracy=accuracy,
         accuracy_threshold=threshold,
         genuine=genuine,
-        impostor=impostor,
+        impostor=ascending,
     )
 
 
-def best_accuracy(genuine: NDArray[Any], impostor: NDArray[Any]) -> tuple[float, float]:
-    """Largest share of right decisions `score > t`, and the first such threshold among the scores."""
-    thresholds = np.unique(np.concatenate([genuine, impostor]))
+def tar_by_stratum(
+    scores: NDArray[np.float32], strata: NDArray[Any], point: OperatingPoint
+) -> list[tuple[Any, int, float, Interval]]:
+    """TAR of genuine pairs in each stratum of a covariate, all with one threshold.
+
+    Args:
+        scores: (G,) of genuine pairs.
+        strata: (G,) the covariate of each pair.
+        point: threshold, set on all impostor pairs.
+
+    Returns:
+        (stratum, pairs, TAR, Wilson interval), sorted by stratum.
+    """
+    accepted = accepts(scores, point)
+    found = []
+    for stratum in np.unique(strata):
+        own = accepted[strata == stratum]
+        found.append((stratum.item(), len(own), float(own.mean()), wilson(int(own.sum()), len(own))))
+    return found
+
+
+def area_under_roc(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
+    """Probability that a genuine score is above an impostor score; ties count half."""
+    ascending = np.sort(impostor)
+    below = np.searchsorted(ascending, genuine, side="left").astype(np.float64)
+    below += np.searchsorted(ascending, genuine, side="right")
+    return float(below.mean() / (2 * len(impostor)))
+
+
+def best_accuracy(genuine: NDArray[Any], impostor: NDArray[Any], *, is_sorted: bool = False) -> tuple[float, float]:
+    """Largest share of right decisions `score > t`, and the first such threshold among the scores.
+
+    Only thresholds just below a genuine score can be best: the largest score of any kind below it.
+
+    Args:
+        genuine: (G,) scores.
+        impostor: (I,) scores.
+        is_sorted: the impostor scores ascend already.
+    """
+    mated, other = np.unique(genuine), impostor if is_sorted else np.sort(impostor)
+    below = np.searchsorted(other, mated, side="left")
+    nearest = np.where(below > 0, other[np.maximum(below - 1, 0)], -np.inf)
+    previous = np.append(-np.inf, mated[:-1])
+    last = max(float(mated[-1]), float(other[-1]))
+    thresholds = np.append(np.maximum(nearest, previous), last)
+    thresholds[0] = max(float(thresholds[0]), float(min(mated[0], other[0])))
+    thresholds = thresholds.astype(other.dtype)
     true = len(genuine) - np.searchsorted(np.sort(genuine), thresholds, side="right")
-    rejected = np.searchsorted(np.sort(impostor), thresholds, side="right")
+    rejected = np.searchsorted(other, thresholds, side="right")
     best = int(np.argmax(true + rejected))
-    return float((true[best] + rejected[best]) / (len(genuine) + len(impostor))), float(thresholds[best])
+    return float((true[best] + rejected[best]) / (len(genuine) + len(other))), float(thresholds[best])
 
 
 def det_curve(genuine: NDArray[Any], impostor: NDArray[Any], *, points: int = 200) -> tuple[list[float], list[float]]:

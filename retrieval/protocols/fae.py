@@ -19,8 +19,8 @@ from retrieval.degrade import ALIGNED, Misalignment, generator_for, misalign, nm
 from retrieval.embeddings import EmbeddingSet
 from retrieval.extraction import FlipMode, Transform, embed_face_set
 from retrieval.metrics import OperatingPoint, operating_point
-from retrieval.metrics.identification import rank_scores
 from retrieval.metrics.rules import accepts
+from retrieval.metrics.search import rank_scores
 from retrieval.protocols.lfw_lq import split_faces
 from retrieval.results import metric, result_record
 

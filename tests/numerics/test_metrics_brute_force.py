@@ -7,8 +7,8 @@ import pytest
 
 from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics import evaluate_identification, evaluate_pairs, operating_point, search_gallery
-from retrieval.metrics.identification import rank_scores
 from retrieval.metrics.rules import accepts
+from retrieval.metrics.search import rank_scores
 
 CASES = 1000
 

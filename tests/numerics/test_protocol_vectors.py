@@ -8,8 +8,9 @@ import pytest
 
 from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics import average_precision, edc, kfold_accuracy, operating_point, partial_area, wilson
-from retrieval.metrics.identification import _open_set, rank_scores
+from retrieval.metrics.identification import _open_set
 from retrieval.metrics.rules import accepts
+from retrieval.metrics.search import rank_scores
 
 VECTORS = json.loads((Path(__file__).parents[1] / "goldens" / "protocol_vectors.json").read_text())
 
