@@ -60,6 +60,7 @@ def embed_face_set(
     decode_threads: int = 2,
     on_progress: Callable[[int], None] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    may_all_fail: bool = False,
 ) -> Extraction:
     """Embed images of a set in its order.
 
@@ -73,6 +74,7 @@ def embed_face_set(
         decode_threads: threads that read and decode ahead of the model.
         on_progress: called after each batch with the number of images done.
         metadata: entries for the result, beside `model_id`, `flip` and the contract.
+        may_all_fail: this is a part of something larger, in which other images can be read.
 
     Returns:
         One row per index. An image that cannot be read has a zero row with fte = True, and is named in a warning.
@@ -111,7 +113,7 @@ def embed_face_set(
             _check_finite(embeddings[rows], [keys[row] for row in rows], embedder)
         if on_progress is not None:
             on_progress(start + len(loaded))
-    _report_unreadable(unreadable, len(keys))
+    _report_unreadable(unreadable, len(keys), may_all_fail=may_all_fail)
     described = {
         "model_id": embedder.model_id,
         "flip": flip,
@@ -162,11 +164,11 @@ def _check_finite(embeddings: NDArray[np.float32], keys: list[str], embedder: Em
         )
 
 
-def _report_unreadable(unreadable: Mapping[str, str], total: int) -> None:
+def _report_unreadable(unreadable: Mapping[str, str], total: int, *, may_all_fail: bool) -> None:
     if not unreadable:
         return
     named = "\n  ".join(list(unreadable.values())[:_NAMED_IN_WARNING])
     more = f"\n  and {len(unreadable) - _NAMED_IN_WARNING} more" if len(unreadable) > _NAMED_IN_WARNING else ""
-    if len(unreadable) == total:
+    if len(unreadable) == total and not may_all_fail:
         raise DataError(f"None of the {total} images can be read:\n  {named}{more}")
     _log.warning("%d of %d images cannot be read and are marked fte:\n  %s%s", len(unreadable), total, named, more)

@@ -57,17 +57,16 @@ def find_duplicates(rows: NDArray[np.int64], hashes: NDArray[np.uint8], person: 
         hashes: (M, 16) from `hash_image`; all zero for an image that could not be read.
         person: (M,) person of each row.
     """
-    halves = np.ascontiguousarray(hashes).view("<u8")
-    order = np.argsort(halves[:, 0], kind="stable")
-    first = halves[order, 0]
-    starts = np.flatnonzero(np.append(True, first[1:] != first[:-1]))
-    sizes = np.diff(np.append(starts, len(first)))
+    first = np.ascontiguousarray(hashes).view("<u8")[:, 0]
+    order = np.argsort(first, kind="stable")
+    first = first[order]
+    # Neighbours with one first half; few, so that only they become Python objects.
+    later = np.flatnonzero(first[1:] == first[:-1]) + 1
     groups: dict[bytes, list[int]] = {}
-    for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
-        for place in order[start : start + size].tolist():
-            digest = hashes[place].tobytes()
-            if any(digest):
-                groups.setdefault(digest, []).append(place)
+    for place in order[np.union1d(later - 1, later)].tolist():
+        digest = hashes[place].tobytes()
+        if any(digest):
+            groups.setdefault(digest, []).append(place)
     found = sorted(sorted(group, key=lambda i: rows[i]) for group in groups.values() if len(group) > 1)
     found.sort(key=lambda group: rows[group[0]])
     return Duplicates(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from aroface.files import read_json, write_csv, write_json
-from shards.duplicates import Duplicates, find_duplicates, write_duplicates
+from shards.duplicates import HASH_BYTES, Duplicates, find_duplicates, write_duplicates
 from shards.image_table import ImageTable, TableBuilder
 from shards.manifest import MANIFEST_NAME, Identity, Manifest, ShardEntry, write_identities
 from shards.pack_worker import (
@@ -104,6 +104,7 @@ def pack(
         _adopt(out, _plan(paths, table, people, options))
         job = Job(paths, options.source, out, work, options.samples_per_shard, options.preparation)
         table.save(work / "table")
+        table = ImageTable.load(work / "table")  # the same columns, in memory that the system may take back
         found = _hash_all(job, table, people, workers, progress) if options.duplicates == "drop" else None
         selection = select(
             table,
@@ -230,9 +231,14 @@ def _person_codes(people: Sequence[str]) -> NDArray[np.int32]:
 
 def _duplicates_of_records(work: Path, table: ImageTable, selection: Selection, shards: int) -> Duplicates:
     """Duplicates among the images that were written, from the hashes that the workers left."""
-    names = [shard_name(shard) for shard in range(shards)]
-    rows = np.concatenate([np.load(work / f"{name}.rows.npy", allow_pickle=False) for name in names])
-    hashes = np.concatenate([np.load(work / f"{name}.hashes.npy", allow_pickle=False) for name in names])
+    rows = np.empty(len(selection.rows), np.int64)
+    hashes = np.empty((len(rows), HASH_BYTES), np.uint8)
+    start = 0
+    for name in map(shard_name, range(shards)):
+        own = np.load(work / f"{name}.rows.npy", allow_pickle=False)
+        rows[start : start + len(own)] = own
+        hashes[start : start + len(own)] = np.load(work / f"{name}.hashes.npy", allow_pickle=False)
+        start += len(own)
     return find_duplicates(rows, hashes, selection.label_of_identity[table.identity[rows]])
 
 
@@ -247,14 +253,14 @@ def _run(job: Job, options: PackOptions, total: int, workers: int, progress: Pro
         records[index] = record
         done += record.samples + len(record.bad)
         progress("Pack", done, total)
-        for _, reason in record.bad:
+        for *_, reason in record.bad:
             logger.warning("Unreadable: %s", reason)
         _refuse_bad(records.values(), options.max_bad)
     return [records[i] for i in range(count)]
 
 
 def _refuse_bad(records: Iterable[ShardRecord], max_bad: int) -> None:
-    bad = [reason for record in records for _, reason in record.bad]
+    bad = [reason for record in records for *_, reason in record.bad]
     if len(bad) > max_bad:
         shown = "\n  ".join(bad[:5])
         raise DataError(
@@ -278,12 +284,10 @@ def _finish(
     source = ", ".join(path.name for path in paths)
     if not written:
         raise DataError(f"{source}: no image could be decoded, nothing was packed.")
-    images: Counter[int] = Counter()
-    for record in records:
-        images.update({int(label): count for label, count in record.labels.items()})
     bad = [entry for record in records for entry in record.bad]
     if bad:
-        write_csv(out / SKIPPED_NAME, ("image", "reason"), sorted(bad))
+        write_csv(out / SKIPPED_NAME, ("image", "reason"), sorted(entry[1:] for entry in bad))
+    images = _images_per_class(table, selection, [row for row, *_ in bad])
     if found.groups:
         write_duplicates(out, table, people, found, drop=options.duplicates == "drop")
     if len(paths) > 1 or options.merges:
@@ -294,7 +298,7 @@ def _finish(
         ]
         write_csv(out / IDENTITY_MAP_NAME, ("class_index", "identity", "source"), sorted(rows))
     sizes = {size for record in records for size in record.sizes}
-    identities = [Identity(i, name, images[i]) for i, name in enumerate(selection.names)]
+    identities = [Identity(i, name, count) for i, (name, count) in enumerate(zip(selection.names, images, strict=True))]
     manifest = Manifest(
         num_samples=sum(record.samples for record in written),
         num_classes=len(selection.names),
@@ -310,6 +314,13 @@ def _finish(
     )
     write_json(out / MANIFEST_NAME, manifest.model_dump(mode="json"))
     return manifest
+
+
+def _images_per_class(table: ImageTable, selection: Selection, left_out: Sequence[int]) -> list[int]:
+    classes = len(selection.names)
+    chosen, dropped = (selection.label_of_identity[table.identity[rows]] for rows in (selection.rows, list(left_out)))
+    counts: list[int] = (np.bincount(chosen, minlength=classes) - np.bincount(dropped, minlength=classes)).tolist()
+    return counts
 
 
 def _source_of(table: ImageTable, identity: int) -> int:

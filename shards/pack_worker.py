@@ -4,7 +4,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -40,8 +39,7 @@ class ShardRecord:
     bytes: int
     sha256: str
     sizes: list[tuple[int, int]]  #: distinct (width, height)
-    labels: dict[str, int]  #: images written per class index
-    bad: list[tuple[str, str]] = field(default_factory=list)  #: (key, reason) of images that were left out
+    bad: list[tuple[int, str, str]] = field(default_factory=list)  #: (row, key, reason) of images that were left out
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class PackWorker:
         chosen = rows[permute(places, size=len(rows), seed=_ORDER_SEED, epoch=0)]
         hashes = np.zeros((len(chosen), HASH_BYTES), np.uint8)
         sizes: set[tuple[int, int]] = set()
-        bad: list[tuple[str, str]] = []
+        bad: list[tuple[int, str, str]] = []
         name = shard_name(shard)
         with write_shard(self._job.out, name) as writer:
             labelled = zip(self._table.entries(chosen), labels[self._table.identity[chosen]].tolist(), strict=True)
@@ -96,7 +94,7 @@ class PackWorker:
                     data = self._sources[source].read(entry)
                     prepared = self._job.preparation.apply(data, entry.landmarks, name=key)
                 except DataError as error:
-                    bad.append((key, str(error)))
+                    bad.append((int(chosen[place]), key, str(error)))
                     continue
                 hashes[place] = memoryview(hash_image(data))
                 sizes.add(prepared.size)
@@ -104,9 +102,8 @@ class PackWorker:
                 writer.add(stored, prepared.data, label)
         _save(self._job.work / f"{name}.hashes.npy", hashes)
         _save(self._job.work / f"{name}.rows.npy", chosen)
-        counts = {str(label): count for label, count in sorted(Counter(writer.labels).items())}
         samples, digest = len(writer.labels), writer.entry.sha256 if writer.entry else ""
-        record = ShardRecord(f"{name}.tar", samples, writer.bytes, digest, sorted(sizes), counts, bad)
+        record = ShardRecord(f"{name}.tar", samples, writer.bytes, digest, sorted(sizes), bad)
         write_json(record_path(self._job.work, shard), asdict(record))
         return record
 

@@ -139,7 +139,7 @@ def _held_out(everyone: Sequence[str], keep: NDArray[np.bool_], count: int) -> N
 def _refuse_equal_keys(table: ImageTable, rows: NDArray[np.int64]) -> None:
     """Two files of one sample key would be read as one sample; keys differ in the suffix or in dots only."""
     identity, seen = -1, dict[str, str]()
-    for row in rows.tolist():
+    for row in rows:  # not as a list of Python numbers, which would be the largest thing in memory
         if table.identity[row] != identity:
             identity, seen = int(table.identity[row]), {}
         name = table.name(row)

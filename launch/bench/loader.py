@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch.bench.measure import Measurement, interleave, peak_memory_bytes, ratio
+from launch.bench.measure import Measurement, PeakMemory, interleave, ratio
 from launch.bench.output import Report, measured
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ def _images(data: Path | None, work: Path) -> list[tuple[bytes, int]]:
 
 
 def _write_records(folder: Path, images: list[tuple[bytes, int]], count: int) -> None:
-    from launch.bench.peers import RecordWriter
+    from launch.bench.records import MAGIC, RecordWriter
 
     classes = max(label for _, label in images) + 1
-    magic = struct.pack("<I", 0xCED7230A)
+    magic = struct.pack("<I", MAGIC)
     with RecordWriter(folder, classes=classes) as writer:
         usable = [(image, label) for image, label in images if magic not in image]
         for number in range(count):
@@ -229,17 +229,18 @@ def _memory(report: Report, work: Path, images: int) -> None:
 
 
 def _peak_of_packing(folder: Path, images: int) -> int:
-    """Pack images that all differ, 20 per identity; returns the peak memory of this process in bytes."""
+    """Pack images that all differ, 20 per identity; returns the peak of the own memory in bytes."""
     from aroface.images import encode_jpeg
-    from launch.bench.peers import RecordWriter
+    from launch.bench.records import RecordWriter
     from shards.pack import PackOptions, pack
 
     tiny = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
     with RecordWriter(folder / "records", classes=images // 20 + 1) as writer:
         for number in range(images):
             writer.add(tiny[:-2] + b"%08d" % number + tiny[-2:], number // 20)
-    pack(folder / "records", folder / "shards", PackOptions(samples_per_shard=_SAMPLES_PER_SHARD), workers=1)
-    return peak_memory_bytes()
+    with PeakMemory() as peak:
+        pack(folder / "records", folder / "shards", PackOptions(samples_per_shard=_SAMPLES_PER_SHARD), workers=1)
+    return peak.bytes
 
 
 def _opening(report: Report, folder: Path, samples: int) -> None:

@@ -6,7 +6,6 @@ that; worker processes of a `DataLoader` collate the batch. `webdataset_batches`
 documentation: shuffle buffer, `decode("torchrgb")`, tuples, batches.
 """
 
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,36 +17,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from aroface.errors import DataError
+from launch.bench.records import FRAME, HEADER
 
-__all__ = ["RecordWriter", "arcface_batches", "webdataset_batches"]
-
-_MAGIC = 0xCED7230A
-_FRAME, _HEADER = struct.Struct("<2I"), struct.Struct("<IfQQ")
-
-
-class RecordWriter:
-    """Writes `train.rec`, `train.idx` and `property`; a context manager. Images must not hold the magic word."""
-
-    def __init__(self, folder: Path, *, classes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "property").write_text(f"{classes},112,112", encoding="utf-8")
-        self._records = (folder / "train.rec").open("wb")
-        self._index = (folder / "train.idx").open("w", encoding="utf-8")
-        self._count = 0
-
-    def __enter__(self) -> "RecordWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._records.close()
-        self._index.close()
-
-    def add(self, image: bytes, label: int) -> None:
-        """Append one image file."""
-        record = _HEADER.pack(0, label, self._count, 0) + image
-        self._index.write(f"{self._count}\t{self._records.tell()}\n")
-        self._records.write(_FRAME.pack(_MAGIC, len(record)) + record + bytes(-len(record) % 4))
-        self._count += 1
+__all__ = ["arcface_batches", "webdataset_batches"]
 
 
 class _RecordFaces(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -66,10 +38,10 @@ class _RecordFaces(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if self._file is None:  # every worker opens its own
             self._file = self._path.open("rb")
         self._file.seek(self._offsets[index])
-        _, length = _FRAME.unpack(self._file.read(_FRAME.size))
+        _, length = FRAME.unpack(self._file.read(FRAME.size))
         record = self._file.read(length)
-        _, label, _, _ = _HEADER.unpack_from(record)
-        pixels = cv2.imdecode(np.frombuffer(record, np.uint8, offset=_HEADER.size), cv2.IMREAD_COLOR)
+        _, label, _, _ = HEADER.unpack_from(record)
+        pixels = cv2.imdecode(np.frombuffer(record, np.uint8, offset=HEADER.size), cv2.IMREAD_COLOR)
         if pixels is None:
             raise DataError(f"{self._path}: record {index} is no image.")
         image = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))

@@ -92,7 +92,7 @@ def resampled_tar(
 
     Args:
         genuine: (G,) scores.
-        genuine_subjects: (G,) subject codes.
+        genuine_subjects: (G,) subject codes, whole numbers from 0.
         impostor: (I,) scores.
         impostor_subjects: the two (I,) subject codes.
         rates: wanted false-accept rates.
@@ -102,12 +102,16 @@ def resampled_tar(
     Returns:
         (R, rates); NaN in a resample without genuine or impostor pairs.
     """
-    codes = np.unique(np.concatenate([genuine_subjects, *impostor_subjects]))
-    weights = resampled_weights(len(codes), resamples, seed=seed)
-    first, second = (np.searchsorted(codes, side).astype(np.int32) for side in impostor_subjects)
+    sides = (genuine_subjects, *impostor_subjects)
+    is_there = np.zeros(max(int(side.max(initial=-1)) for side in sides) + 1, bool)
+    for side in sides:
+        is_there[side] = True
+    code = np.cumsum(is_there, dtype=np.int32) - 1
+    genuine_code, first, second = (code[side] for side in sides)
+    weights = resampled_weights(int(is_there.sum()), resamples, seed=seed)
     totals = _impostor_totals(first, second, weights)
     order = np.argsort(-genuine, kind="stable")
-    genuine_code, genuine_sorted = np.searchsorted(codes, genuine_subjects)[order], -genuine[order]
+    genuine_code, genuine_sorted = genuine_code[order], -genuine[order]
     tail = _Tail(impostor, first, second, largest_rate=max(rates, default=0.0))
     values = np.full((resamples, len(rates)), np.nan)
     for row, weight, total in zip(values, weights, totals.tolist(), strict=True):

@@ -83,8 +83,7 @@ def pair_scores(embeddings: EmbeddingSet, first: NDArray[np.int64], second: NDAr
     one. Products are formed in float64 and rounded once, so both ways give equal scores.
     """
     enrolled = embeddings.enrolled
-    left, left_place = np.unique(first, return_inverse=True)
-    right, right_place = np.unique(second, return_inverse=True)
+    (left, left_place), (right, right_place) = _distinct(first, len(embeddings)), _distinct(second, len(embeddings))
     scores = np.empty(len(first), np.float32)
     if len(left) * len(right) > _MAX_UNUSED * len(first):
         unit = embeddings.unit()
@@ -93,9 +92,17 @@ def pair_scores(embeddings: EmbeddingSet, first: NDArray[np.int64], second: NDAr
             scores[part] = np.einsum("ij,ij->i", unit[first[part]], unit[second[part]])
     else:
         sides = embeddings.take(left).unit(), embeddings.take(right).unit()
-        _block_scores(*sides, left_place.astype(np.int32), right_place.astype(np.int32), scores)
+        _block_scores(*sides, left_place, right_place, scores)
     scores[~(enrolled[first] & enrolled[second])] = -np.inf
     return scores
+
+
+def _distinct(rows: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The distinct rows, ascending, and the place of each row among them."""
+    is_there = np.zeros(size, bool)
+    is_there[rows] = True
+    place = np.cumsum(is_there, dtype=np.int32) - 1
+    return np.flatnonzero(is_there), place[rows]
 
 
 def _block_scores(

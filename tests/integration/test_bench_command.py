@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from launch.bench.peers import RecordWriter, arcface_batches, webdataset_batches
+from launch.bench.peers import arcface_batches, webdataset_batches
+from launch.bench.records import RecordWriter
 from launch.cli import main
 from shards.pack import PackOptions, pack
 from tests.helpers.face_folders import write_faces
