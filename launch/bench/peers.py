@@ -1,9 +1,10 @@
 """How other projects feed a training step, rebuilt plainly from their description, to be measured beside ours.
 
 `arcface_batches` does per sample what InsightFace's arcface_torch does: read a record by its offset, decode it with
-OpenCV as MXNet does (or with PIL, as its reader of image folders), make a PIL image, flip it half of the time, turn it into a float tensor of planes and normalise
-that; worker processes of a `DataLoader` collate the batch. `webdataset_batches` is the pipeline of WebDataset's own
-documentation: shuffle buffer, `decode("torchrgb")`, tuples, batches.
+OpenCV as MXNet does (or with PIL, as its reader of image folders), make a PIL image, flip it half of the time, turn it
+into a float tensor of planes and normalise that; worker processes of a `DataLoader` collate the batch.
+`webdataset_batches` is the pipeline of WebDataset's own documentation: shuffle buffer, `decode("torchrgb")`, tuples,
+batches.
 """
 
 import io

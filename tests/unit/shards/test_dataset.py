@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +85,21 @@ def test_pixels_and_labels_belong_to_the_sample(packed: Path) -> None:
             original = packed.parent / "faces" / name
             assert bytes(data.read(int(sample))[0]) == original.read_bytes()
             assert image.shape == (16, 16, 3)
+
+
+def test_memory_is_used_again_but_never_under_a_batch_that_somebody_holds(packed: Path) -> None:
+    data = ShardDataset(packed, image_size=16)
+    steps = {"seed": 0, "start_position": 0, "num_batches": 12, "batch_size": 4, "rank": 0, "world_size": 1}
+    kept = [batch.images for batch in data.batches(**steps)]
+    views = [batch.images[1:2] for batch in data.batches(**steps)]  # a part of a batch holds all of it
+    places, copies = set(), []
+    for batch in data.batches(**steps):
+        places.add(batch.images.data_ptr())
+        copies.append(batch.images.clone())
+    assert all(map(torch.equal, kept, copies))
+    assert all(torch.equal(view, copy[1:2]) for view, copy in zip(views, copies, strict=True))
+    assert len({images.data_ptr() for images in kept}) == 12
+    assert len(places) < 12
 
 
 def test_small_identities_are_left_out_and_classes_renumbered(packed: Path) -> None:
