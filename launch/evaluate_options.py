@@ -1,7 +1,7 @@
 """Options and output that the evaluation commands share."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -46,11 +46,11 @@ def counts(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-def add_rule(parser: argparse.ArgumentParser) -> None:
-    """Declare --rule."""
+def add_rule(parser: argparse.ArgumentParser, choices: Sequence[str] = RULES) -> None:
+    """Declare --rule with these choices."""
     parser.add_argument(
         "--rule",
-        choices=RULES,
+        choices=choices,
         default="canonical",
         help="how a rate becomes a threshold; the others only to compare with numbers made by them (%(default)s)",
     )

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from launch.evaluate_options import add_rule, print_record, rates
+from retrieval.metrics.rules import PAIR_RULES
 
 _DEFAULT_FARS = "1e-6,1e-5,1e-4,1e-3,1e-2,1e-1"
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--far", type=rates, default=rates(_DEFAULT_FARS), metavar="RATE,..", help=f"FARs ({_DEFAULT_FARS})"
     )
-    add_rule(parser)
+    add_rule(parser, PAIR_RULES)
     parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
 
 

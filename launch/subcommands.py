@@ -38,4 +38,4 @@ def run_chosen(args: argparse.Namespace, table: Table, *, command: str) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    return run(parser.parse_args(args.rest))
+    return run(parser.parse_args(args.rest, argparse.Namespace(entry=args.entry)))

@@ -163,6 +163,8 @@ def identification_record(result: IdentificationResult, *, fpir_labels: Sequence
         metrics[f"rank_{k}"] = metric(value, interval=interval, reason="no mated searches", **more)
     for label, point in zip(fpir_labels, result.open_set, strict=True):
         metrics[f"tpir@fpir={label}"] = _tpir(point)
+    if result.mean_average_precision is not None:
+        metrics["map"] = metric(result.mean_average_precision)
     counts = {
         "probes": len(result.searches[0].best),
         "galleries": len(result.searches),

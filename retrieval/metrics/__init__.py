@@ -14,10 +14,12 @@ from retrieval.metrics.verification import (
     FoldAccuracy,
     VerificationPoint,
     VerificationResult,
+    area_under_roc,
     evaluate_pairs,
     evaluate_verification,
     kfold_accuracy,
     pair_scores,
+    tar_by_stratum,
 )
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Rule",
     "VerificationPoint",
     "VerificationResult",
+    "area_under_roc",
     "average_precision",
     "bootstrap_tar",
     "edc",
@@ -46,5 +49,6 @@ __all__ = [
     "partial_area",
     "rank_scores",
     "search_gallery",
+    "tar_by_stratum",
     "wilson",
 ]

@@ -76,7 +76,9 @@ class FoldAccuracy:
     std: float  #: population
 
 
-def pair_scores(embeddings: EmbeddingSet, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float32]:
+def pair_scores(
+    embeddings: EmbeddingSet, first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]]
+) -> NDArray[np.float32]:
     """Cosine of each listed pair of rows, (P,) float32; -inf where a side is not enrolled.
 
     Rows that occur in many pairs are multiplied block by block, which reads each of them once; scattered pairs one by
@@ -97,7 +99,7 @@ def pair_scores(embeddings: EmbeddingSet, first: NDArray[np.int64], second: NDAr
     return scores
 
 
-def _distinct(rows: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _distinct(rows: NDArray[np.integer[Any]], size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """The distinct rows, ascending, and the place of each row among them."""
     is_there = np.zeros(size, bool)
     is_there[rows] = True

@@ -8,13 +8,28 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from aroface.bin_file import BinFile
 from aroface.errors import DataError
+from aroface.images import decode_rgb
+from aroface.types import FaceSet
+from retrieval.metrics.verification import FoldAccuracy, kfold_accuracy
+from retrieval.protocols.text_tables import read_lines
 
-__all__ = ["Pairs", "draw_pairs", "read_lfw_pairs"]
+__all__ = [
+    "Pairs",
+    "bin_faces",
+    "bin_pairs",
+    "draw_pairs",
+    "fold_accuracy",
+    "is_list_of_files",
+    "read_file_pairs",
+    "read_lfw_pairs",
+]
 
 #: (P,) row of one side, (P,) of the other, (P,) True for genuine; as `evaluate_verification` takes it.
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
+_FOLDS = 10
 _LAST_NUMBER = re.compile(r"(\d+)$")
 
 
@@ -60,6 +75,88 @@ def read_lfw_pairs(
         raise DataError(f"{path} lists no pairs; a line is `name i j` or `name1 i name2 j`, tab separated.")
     first, second, same = np.array(pairs, np.int64).T
     return (first, second, same == 1), missing
+
+
+def is_list_of_files(path: Path) -> bool:
+    """Whether the list holds `file label` lines, as those of CALFW and CPLFW do."""
+    fields = [line.split() for line in read_lines(path)[1:3]]
+    return bool(fields) and all(len(row) == 2 and PurePosixPath(row[0]).suffix != "" for row in fields)
+
+
+def read_file_pairs(path: Path, *, keys: Sequence[str]) -> Pairs:
+    """Read `file label` lines, two consecutive ones a pair; a first line without a numeric label is a header.
+
+    Files are found by their name in any folder. CALFW and CPLFW list all genuine pairs before all impostor pairs; such
+    a list is put into the order of LFW's, ten folds of both kinds.
+
+    Raises:
+        DataError: a line of another form, an odd number of lines, two labels in one pair, or a file that is missing or
+            there twice; with the line number.
+    """
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, key in enumerate(keys):
+        rows[PurePosixPath(key).name].append(row)
+    found: list[tuple[int, str]] = []
+    for number, line in enumerate(read_lines(path), start=1):
+        fields = line.split()
+        if number == 1 and (len(fields) != 2 or not fields[1].isdigit()):
+            continue
+        if len(fields) != 2 or not fields[1].isdigit():
+            raise DataError(f"{path}, line {number}: {line!r} is not `file label`.")
+        if len(rows[fields[0]]) != 1:
+            raise DataError(f"{path}, line {number}: there are {len(rows[fields[0]])} files {fields[0]!r}, not one.")
+        found.append((rows[fields[0]][0], fields[1]))
+    if not found or len(found) % 2:
+        raise DataError(f"{path} lists {len(found)} files; two consecutive lines are a pair.")
+    pairs = list(zip(found[::2], found[1::2], strict=True))
+    differs = next((number for number, (one, two) in enumerate(pairs) if (one[1] == "0") != (two[1] == "0")), None)
+    if differs is not None:
+        raise DataError(f"{path}: the two lines of pair {differs + 1} have different labels; a line is missing.")
+    same = np.array([one[1] != "0" for one, _ in pairs])
+    order = np.arange(len(pairs))
+    if same[: same.sum()].all():
+        genuine, impostor = (np.array_split(np.flatnonzero(same == kind), _FOLDS) for kind in (True, False))
+        order = np.concatenate([rows for fold in zip(genuine, impostor, strict=True) for rows in fold])
+    first, second = (np.array([pair[side][0] for pair in pairs], np.int64)[order] for side in (0, 1))
+    return first, second, same[order]
+
+
+def bin_pairs(content: BinFile) -> Pairs:
+    """Pairs of a .bin: images 2 i and 2 i + 1."""
+    rows = np.arange(0, len(content.images), 2)
+    return rows, rows + 1, np.array(content.is_same)
+
+
+def bin_faces(content: BinFile) -> FaceSet:
+    """Images of a .bin in order."""
+    return _BinFaces(content)
+
+
+class _BinFaces:
+    def __init__(self, content: BinFile) -> None:
+        self._images = content.images
+        self.identities: Sequence[str] = [f"pair_{number // 2:05d}" for number in range(len(content.images))]
+        self.keys: Sequence[str] = [f"{name}/{'ab'[i % 2]}" for i, name in enumerate(self.identities)]
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return decode_rgb(self._images[index], name=self.keys[index])
+
+
+def fold_accuracy(
+    scores: NDArray[np.float32], same: NDArray[np.bool_], *, folds: int = _FOLDS
+) -> tuple[FoldAccuracy | None, str | None]:
+    """10-fold accuracy from cosines, or why there is none.
+
+    Folds are contiguous; where one of them is nearly all genuine or all impostor (a list that is sorted by label), a
+    threshold chosen on the others says nothing about it. A failed comparison counts as the largest distance.
+    """
+    if len(same) < 10 * folds:
+        return None, f"{len(same)} pairs are too few for {folds} folds"
+    shares = [float(part.mean()) for part in np.array_split(same, folds)]
+    if min(shares) < 0.4 or max(shares) > 0.6:
+        return None, "a fold has fewer than 40 % or more than 60 % genuine pairs; the list is not in the order of folds"
+    distances = np.where(np.isfinite(scores), 2 - 2 * scores.astype(np.float64), 4.0)
+    return kfold_accuracy(distances, same, folds=folds), None
 
 
 def draw_pairs(identities: Sequence[str], *, most: int = 3000, seed: int = 0) -> Pairs:

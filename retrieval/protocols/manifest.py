@@ -53,7 +53,7 @@ def read_template_manifest(folder: Path) -> TemplateManifest:
     wrong = ~np.isin(roles, _ROLES)
     if wrong.any():
         raise DataError(
-            f"{templates_path}: role {roles[wrong][0]!r} of template {ids[wrong][0]!r}; it is one of {_ROLES}."
+            f"{templates_path}: role {str(roles[wrong][0])!r} of template {str(ids[wrong][0])!r} is none of {_ROLES}."
         )
     names = columns["gallery_name"]
     galleries = {

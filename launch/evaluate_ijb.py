@@ -1,0 +1,182 @@
+"""IJB-B and IJB-C: verification of template pairs (1:1), covariates, and search of mixed media (1:N).
+
+--meta holds the files of the InsightFace release (ijbc_face_tid_mid.txt, ijbc_name_5pts_score.txt, the pairs, the 1:N
+lists). With --model the loose crops are aligned by their landmarks and embedded; with --embeddings the rows are those
+of the list of images, by `keys` or in its order. Both galleries of 1:N are searched on their own with all probes.
+"""
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from aroface.errors import DataError
+from launch.evaluate_options import add_rule, positive, rates
+from launch.evaluate_source import add_out, add_pooling, add_source, finish, open_collection
+
+if TYPE_CHECKING:
+    from retrieval.embeddings import EmbeddingSet
+    from retrieval.protocols.ijb import IjbName, TemplateList
+    from retrieval.templates import TemplateSamples
+
+_FARS = "1e-6,1e-5,1e-4,1e-3,1e-2,1e-1"
+_FPIRS = "0.001,0.01,0.1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--task", choices=("1:1", "1:N"), default="1:1", help="what is evaluated (%(default)s)")
+    parser.add_argument("--meta", type=Path, required=True, metavar="DIR", help="folder of the protocol files")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="other pairs (default: the release's list)")
+    parser.add_argument("--covariates", type=Path, metavar="CSV", help="templates with covariates; needs --covariate")
+    parser.add_argument("--covariate", metavar="COLUMN", help="TAR of genuine pairs by this column of the first side")
+    add_source(parser, images="folder of the loose crops")
+    add_pooling(parser, "N1D1")
+    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"1:1 ({_FARS})")
+    parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"1:N ({_FPIRS})")
+    parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="1:N list length (%(default)s)")
+    add_rule(parser)
+    add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, write, print."""
+    from retrieval.protocols.ijb import read_ijb_samples
+    from retrieval.templates import Pooling, pool_templates
+
+    name = cast("IjbName", args.entry)
+    pooling = Pooling.parse(args.pooling)
+    files = [args.meta / f"{name}_face_tid_mid.txt", args.meta / f"{name}_name_5pts_score.txt"]
+    samples = read_ijb_samples(args.meta, name)
+    lists, list_files = _lists(args, name)
+    if lists:
+        from retrieval.protocols.ijb import with_subjects
+
+        samples = with_subjects(samples, lists)
+    with ExitStack() as stack:
+        collection = open_collection(args, stack, total=len(samples.keys))
+        landmarks = None if args.embeddings is not None else samples.landmarks
+        chunks = collection.chunks(samples.keys, samples.stream_order(), landmarks=landmarks)
+        templates = pool_templates(samples, chunks, pooling, name=name)
+    evaluate = _verify if args.task == "1:1" else _search
+    parts, expected, more_files = evaluate(args, name, samples, templates, lists)
+    parts["counts"] |= {"images": len(samples.keys), "templates": len(templates), "missing": collection.missing}
+    finish(
+        args,
+        f"{name}-{args.task.replace(':', '')}",
+        parts,
+        title=f"{name.upper()} {args.task}",
+        rule=args.rule,
+        model=templates.metadata,
+        files=[*files, *list_files, *more_files],
+        expected=expected,
+        pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
+    )
+    return 0
+
+
+def _lists(args: argparse.Namespace, name: "IjbName") -> "tuple[tuple[TemplateList, ...], list[Path]]":
+    """The 1:N lists, or nothing for 1:1."""
+    from retrieval.protocols.ijb import GALLERIES, read_template_list
+
+    if args.task == "1:1":
+        return (), []
+    paths = [args.meta / f"{name}_1N_gallery_{gallery}.csv" for gallery in GALLERIES[name]]
+    paths.append(args.meta / f"{name}_1N_probe_mixed.csv")
+    return tuple(read_template_list(path) for path in paths), paths
+
+
+def _verify(
+    args: argparse.Namespace,
+    name: "IjbName",
+    samples: "TemplateSamples",
+    templates: "EmbeddingSet",
+    lists: "tuple[TemplateList, ...]",
+) -> tuple[dict[str, Any], dict[str, int], list[Path]]:
+    import numpy as np
+
+    from retrieval.metrics import evaluate_pairs, pair_scores
+    from retrieval.protocols.ijb import COUNTS, read_ijb_pairs, subjects_of_pairs
+    from retrieval.results import verification_record
+
+    path = args.pairs or args.meta / f"{name}_template_pair_label.txt"
+    pairs = read_ijb_pairs(path, samples.template_ids)
+    subjects = subjects_of_pairs(pairs, len(templates))
+    scores = pair_scores(templates, pairs.first, pairs.second)
+    result = evaluate_pairs(
+        scores,
+        pairs.same,
+        fars=args.far.values,
+        rule=args.rule,
+        subjects=(subjects[pairs.first], subjects[pairs.second]),
+        resamples=args.resamples,
+    )
+    parts = verification_record(result, far_labels=args.far)
+    files = [path]
+    if args.covariates is not None:
+        first = pairs.first[pairs.same]
+        parts["conditions"] = _strata(args, np.asarray(samples.template_ids)[first], result)
+        files.append(args.covariates)
+    return parts, COUNTS[name] if args.pairs is None else {}, files
+
+
+def _strata(args: argparse.Namespace, template_ids: Any, result: Any) -> dict[str, Any]:
+    """TAR by covariate at every FAR, with the threshold of all pairs."""
+    from retrieval.metrics import tar_by_stratum
+    from retrieval.protocols.ijb import match_templates, read_covariates
+    from retrieval.results import metric
+
+    if args.covariate is None:
+        raise DataError(f"--covariates {args.covariates} needs --covariate, the name of a column.")
+    import numpy as np
+
+    listed, values = read_covariates(args.covariates, args.covariate)
+    order = np.argsort(listed.template_ids)
+    places = match_templates(template_ids, listed.template_ids[order], path=args.covariates)
+    strata = np.asarray(values)[order][places]
+    conditions: dict[str, Any] = {}
+    for label, point in zip(args.far, result.points, strict=True):
+        if point.point is None:
+            continue
+        for stratum, count, value, interval in tar_by_stratum(result.genuine, strata, point.point):
+            entry = conditions.setdefault(
+                f"{args.covariate}={stratum}", {"counts": {"genuine": count}, "metrics": {}, "curves": {}}
+            )
+            entry["metrics"][f"tar@far={label}"] = metric(value, interval=interval)
+    return conditions
+
+
+def _search(
+    args: argparse.Namespace,
+    name: "IjbName",
+    samples: "TemplateSamples",
+    templates: "EmbeddingSet",
+    lists: "tuple[TemplateList, ...]",
+) -> tuple[dict[str, Any], dict[str, int], list[Path]]:
+    import numpy as np
+
+    from retrieval.metrics import evaluate_identification
+    from retrieval.protocols.ijb import COUNTS
+    from retrieval.results import identification_record
+
+    place = {template: row for row, template in enumerate(np.asarray(templates.template_ids).tolist())}
+    one, two, probes = (
+        templates.take(np.array([place[t] for t in listed.template_ids.tolist()], np.int64)) for listed in lists
+    )
+    mates = np.isin(probes.subject_ids, one.subject_ids).astype(int) + np.isin(probes.subject_ids, two.subject_ids)
+    if (mates != 1).any():
+        raise DataError(
+            f"{int((mates != 1).sum())} probes have their subject in no gallery or in both; each has it in exactly one."
+        )
+    result = evaluate_identification(
+        [one, two],
+        probes,
+        ranks=(1, 5, 10),
+        fpirs=args.fpir.values,
+        candidates=args.candidates,
+        rule=args.rule,
+        resamples=args.resamples,
+    )
+    parts = identification_record(result, fpir_labels=args.fpir)
+    parts["counts"] |= {"gallery_1": len(one), "gallery_2": len(two)}
+    return parts, {key: COUNTS[name][key] for key in ("gallery_1", "gallery_2", "probes")}, []
