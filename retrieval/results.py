@@ -202,9 +202,12 @@ def _tpir(point: OpenSetPoint) -> dict[str, Any]:
         return metric(None, reason=point.reason, value_rank_l=None, supported=False)
     more: dict[str, Any] = {"value_rank_l": point.tpir_rank_l}
     if point.galleries:
+        listed = point.interval_rank_l
         return metric(
             point.tpir,
+            interval=point.interval,
             **more,
+            ci95_rank_l=[listed.low, listed.high] if listed else None,
             k=min(p.point.k for p in point.galleries if p.point),
             realised=float(np.mean([p.point.realised for p in point.galleries if p.point])),
             threshold=None,

@@ -234,12 +234,13 @@ def _with_bootstrap(result: IdentificationResult, subjects: NDArray[Any], resamp
     """The same values with intervals over subjects."""
     names, codes = np.unique(subjects, return_inverse=True)
     weights = resampled_weights(len(names), resamples)
+    mated = len(np.unique(np.concatenate([codes[s.is_mated] for s in result.searches])))
     ranks = []
     for k, value, _ in result.ranks:
         hits = sum(weights @ _per_subject(codes, s.is_mated & (s.rank <= k), len(names)) for s in result.searches)
         total = sum(weights @ _per_subject(codes, s.is_mated, len(names)) for s in result.searches)
         with np.errstate(invalid="ignore", divide="ignore"):
-            ranks.append((k, value, percentile_interval(np.asarray(hits / total, np.float64))))
+            ranks.append((k, value, percentile_interval(np.asarray(hits / total, np.float64), subjects=mated)))
     open_set = []
     for point in result.open_set:
         if point.tpir is None:
@@ -248,7 +249,7 @@ def _with_bootstrap(result: IdentificationResult, subjects: NDArray[Any], resamp
         values = np.mean(
             [_resampled_tpir(s, codes, weights, point.fpir, result.candidates) for s in result.searches], axis=0
         )
-        intervals = [percentile_interval(column) for column in values.T]
+        intervals = [percentile_interval(column, subjects=mated) for column in values.T]
         open_set.append(replace(point, interval=intervals[0], interval_rank_l=intervals[1]))
     return replace(result, ranks=tuple(ranks), open_set=tuple(open_set))
 

@@ -43,11 +43,17 @@ def wilson(hits: int, total: int) -> Interval:
     return Interval(max(0.0, centre - spread), min(1.0, centre + spread), "wilson")
 
 
-def percentile_interval(values: NDArray[np.float64]) -> Interval | None:
-    """2.5 and 97.5 percentiles of resampled values, NaN left out; None where nothing is left."""
+def percentile_interval(values: NDArray[np.float64], *, subjects: int = 0) -> Interval | None:
+    """2.5 and 97.5 percentiles of resampled values, NaN left out; None where nothing is left.
+
+    Where every resample gives 0, or 1, the bootstrap is blind; then it is the Wilson interval of `subjects` trials.
+    """
     known = values[~np.isnan(values)]
     if not len(known):
         return None
+    if subjects and known.min() == known.max() and known[0] in (0.0, 1.0):
+        certain = wilson(int(known[0]) * subjects, subjects)
+        return Interval(certain.low, certain.high, f"wilson over {subjects} subjects")
     low, high = np.percentile(known, [2.5, 97.5])
     return Interval(float(low), float(high), f"subject bootstrap, {len(values)}")
 
@@ -75,7 +81,8 @@ def bootstrap_tar(
     values = resampled_tar(
         genuine, genuine_subjects, impostor, impostor_subjects, rates, resamples=resamples, seed=seed
     )
-    return [percentile_interval(column) for column in values.T]
+    subjects = len(np.unique(genuine_subjects))
+    return [percentile_interval(column, subjects=subjects) for column in values.T]
 
 
 def resampled_tar(

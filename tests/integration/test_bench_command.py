@@ -28,6 +28,14 @@ def test_the_loader_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (figure["goal"] is None) == (figure["reached"] is None)
 
 
+def test_the_protocols_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "protocols.json"
+    assert main(["bench", "protocols", "--scale", "0.01", "--resamples", "20", "--out", str(out)]) == 0
+    figures = {figure["name"]: figure for figure in json.loads(out.read_text())["figures"]}
+    assert len(figures) == 12
+    assert all(figure["value"] > 0 for figure in figures.values())
+
+
 def test_the_peers_deliver_what_we_deliver(tmp_path: Path) -> None:
     from aroface.images import decode_rgb
 

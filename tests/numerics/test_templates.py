@@ -6,7 +6,7 @@ import pytest
 from aroface.errors import ConfigError
 from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics import evaluate_identification, evaluate_pairs, kfold_accuracy
-from retrieval.metrics.intervals import resampled_tar, resampled_weights
+from retrieval.metrics.intervals import resampled_tar, resampled_weights, wilson
 from retrieval.metrics.rules import RULES, accepts, operating_point, operating_points
 from retrieval.metrics.search import rank_scores
 from retrieval.metrics.verification import area_under_roc, best_accuracy, pair_scores
@@ -206,6 +206,15 @@ def test_resampled_search_holds_the_value_and_needs_people_not_probes():
         assert point.open_set[0].interval.low <= point.open_set[0].tpir <= point.open_set[0].interval.high
         widths.append(interval.high - interval.low)
     assert widths[1] == pytest.approx(widths[0], rel=0.3)
+
+
+def test_a_blind_bootstrap_tells_what_the_number_of_people_allows():
+    centres = np.eye(10, dtype=np.float32)
+    gallery, ids = EmbeddingSet(centres, np.arange(10)), np.arange(10).repeat(50)
+    result = evaluate_identification([gallery], EmbeddingSet(centres[ids], ids), resamples=50)
+    _, value, interval = result.ranks[0]
+    assert (value, interval.method) == (1.0, "wilson over 10 subjects")
+    assert interval.low == pytest.approx(wilson(10, 10).low)
 
 
 def test_folds_and_pairs_without_a_kind():
