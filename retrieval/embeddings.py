@@ -77,14 +77,15 @@ class EmbeddingSet:
         """(N,) rows with a usable embedding: not marked as failure to enrol, and not the zero vector."""
         return ~self._marked & self.embeddings.any(1)
 
-    def unit(self) -> NDArray[np.float64]:
-        """(N, D) float64 rows of length 1; zero where not enrolled."""
-        values = np.zeros(self.embeddings.shape, np.float64)
+    def unit(self, order: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """(N, D) float64 rows of length 1, zero where not enrolled; of all rows, or of those of `order`."""
+        order = np.arange(len(self)) if order is None else order
+        values = np.zeros((len(order), self.embeddings.shape[1]), np.float64)
         for start in range(0, len(values), _BLOCK_ROWS):  # no second copy of the whole set on the way
-            part = slice(start, start + _BLOCK_ROWS)
-            block = np.where(self.enrolled[part, None], self.embeddings[part], 0).astype(np.float64)
+            rows = order[start : start + _BLOCK_ROWS]
+            block = np.where(self.enrolled[rows, None], self.embeddings[rows], 0).astype(np.float64)
             lengths = np.linalg.norm(block, axis=1, keepdims=True)
-            np.divide(block, lengths, out=values[part], where=lengths > 0)
+            np.divide(block, lengths, out=values[start : start + len(rows)], where=lengths > 0)
         return values
 
     def take(self, rows: NDArray[Any]) -> "EmbeddingSet":

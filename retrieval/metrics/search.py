@@ -80,7 +80,7 @@ def search_gallery(
     columns = _Columns.of(gallery.subject_ids[order], order)
     parts = [
         _rank_tile(scores, columns, probes.subject_ids[part], rank_level, ties, with_average_precision)
-        for part, scores in _score_tiles(gallery.take(order), probes, ties)
+        for part, scores in _score_tiles(gallery, probes, order, ties)
     ]
     return _joined(parts)
 
@@ -124,9 +124,9 @@ class _Columns:
 
 
 def _score_tiles(
-    gallery: EmbeddingSet, probes: EmbeddingSet, ties: Ties = "against_probe"
+    gallery: EmbeddingSet, probes: EmbeddingSet, order: NDArray[np.int64], ties: Ties = "against_probe"
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """(probes, their scores against the whole gallery); -inf where a side is not enrolled."""
+    """(probes, their scores against the gallery in `order`); -inf where a side is not enrolled."""
     if gallery.embeddings.shape[1] != probes.embeddings.shape[1]:
         raise DataError(
             f"{gallery.name} has embeddings of {gallery.embeddings.shape[1]} dimensions, {probes.name} of "
@@ -137,13 +137,14 @@ def _score_tiles(
             f"{gallery.name} names subjects by {gallery.subject_ids.dtype}, {probes.name} by "
             f"{probes.subject_ids.dtype}; nobody would be found. Use integers in both, or strings in both."
         )
-    gallery_unit, probe_unit = gallery.unit(), probes.unit()
+    gallery_unit, probe_unit = gallery.unit(order), probes.unit()
+    failed = ~gallery.enrolled[order]
     rows = max(1, _TILE_ELEMENTS // len(gallery))
     for start in range(0, len(probes), rows):
         part = slice(start, start + rows)
         scores = (probe_unit[part] @ gallery_unit.T).astype(np.float32)
         if ties == "against_probe":
-            scores[:, ~gallery.enrolled] = -np.inf
+            scores[:, failed] = -np.inf
             scores[~probes.enrolled[part]] = -np.inf
         yield part, scores
 
@@ -215,7 +216,7 @@ def _joined(parts: Sequence[GallerySearch]) -> GallerySearch:
 def largest_impostors(gallery: EmbeddingSet, probes: EmbeddingSet, *, count: int) -> NDArray[np.float32]:
     """The `count` largest scores between different subjects, descending; fewer where there are fewer."""
     top = np.empty(0, np.float32)
-    for part, scores in _score_tiles(gallery, probes):
+    for part, scores in _score_tiles(gallery, probes, np.arange(len(gallery))):
         scores[probes.subject_ids[part][:, None] == gallery.subject_ids[None, :]] = np.nan
         others = scores[scores >= (top[-1] if len(top) == count else -np.inf)]
         top = np.concatenate([top, others])

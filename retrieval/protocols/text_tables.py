@@ -129,7 +129,7 @@ def matlab_cells(path: Path, names: str, ids: str | None = None) -> tuple[list[s
 
     try:
         found = loadmat(str(path))
-    except (OSError, ValueError, NotImplementedError, MatReadError) as error:
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError, MatReadError) as error:
         raise DataError(f"{path} cannot be read as a MATLAB file up to version 7.2: {error}.") from error
     lacking = [name for name in (names, ids) if name is not None and name not in found]
     if lacking:
