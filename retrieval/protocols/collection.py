@@ -183,7 +183,7 @@ class EmbeddedCollection:
 def _refuse_strangers(keys: NDArray[Any], place: Mapping[str, int], *, what: str) -> None:
     if len(keys) and not any(key in place for key in keys.tolist()):
         raise DataError(
-            f"None of the {len(keys)} samples of the protocol is in {what}: it asks for {str(keys[0])!r}, and there are "
+            f"None of the {len(keys)} samples of the protocol is in {what}: it asks for {str(keys[0])!r}, there are "
             f"{', '.join(repr(key) for key in list(place)[:_NAMED])}. Name the folder that these paths start from."
         )
 

@@ -208,7 +208,7 @@ def test_scface_names() -> None:
 def test_embeddings_of_other_images_are_refused() -> None:
     rows = np.ones((2, 4), np.float32)
     named = EmbeddedCollection(EmbeddingSet(rows, np.zeros(2, int), keys=np.array(["a/1.jpg", "a/2.jpg"])))
-    with pytest.raises(DataError, match=r"it asks for 'b/1.jpg', and there are 'a/1.jpg'"):
+    with pytest.raises(DataError, match=r"it asks for 'b/1.jpg', there are 'a/1.jpg'"):
         natural_embeddings(named, np.array(["b/1.jpg"]), np.zeros(1, int), name="probes")
     unnamed = EmbeddedCollection(EmbeddingSet(rows, np.zeros(2, int)))
     with pytest.raises(DataError, match="has 2 rows and no `keys`; the protocol lists 3"):
