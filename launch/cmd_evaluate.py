@@ -31,6 +31,7 @@ PROTOCOLS: dict[str, tuple[str, str]] = {
     "survface": ("launch.evaluate_survface", "QMUL-SurvFace: open-set identification, verification"),
     "scface": ("launch.evaluate_scface", "SCface: cameras at three distances against mugshots"),
     "templates": ("launch.evaluate_templates", "any set of templates, from templates.csv and samples.csv"),
+    "compare": ("launch.evaluate_compare", "paired comparison of two systems, from files of --details"),
     "lfw-lq": ("launch.evaluate_lfw_lq", "low-quality identification: shrunk, compressed, misaligned probes"),
     "fae": ("launch.evaluate_fae", "robustness to misalignment (FAE-1): accuracy against angle, shift and scale"),
 }

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         chunks = collection.chunks(samples.keys, samples.stream_order(), landmarks=landmarks)
         templates = pool_templates(samples, chunks, pooling, name=name)
     evaluate = _verify if args.task == "1:1" else _search
-    parts, expected, more_files = evaluate(args, name, samples, templates, lists)
+    parts, expected, more_files, details = evaluate(args, name, samples, templates, lists)
     parts["counts"] |= {"images": len(samples.keys), "templates": len(templates), "missing": collection.missing}
     finish(
         args,
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         model=templates.metadata,
         files=[*files, *list_files, *more_files],
         expected=expected,
+        details=details,
         pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
     )
     return 0
@@ -92,9 +93,10 @@ def _verify(
     samples: "TemplateSamples",
     templates: "EmbeddingSet",
     lists: "tuple[TemplateList, ...]",
-) -> tuple[dict[str, Any], dict[str, int], list[Path]]:
+) -> tuple[dict[str, Any], dict[str, int], list[Path], dict[str, Any]]:
     import numpy as np
 
+    from retrieval.details import pair_details
     from retrieval.metrics import evaluate_pairs, pair_scores
     from retrieval.protocols.ijb import COUNTS, read_ijb_pairs, subjects_of_pairs
     from retrieval.results import verification_record
@@ -117,7 +119,8 @@ def _verify(
         first = pairs.first[pairs.same]
         parts["conditions"] = _strata(args, np.asarray(samples.template_ids)[first], result)
         files.append(args.covariates)
-    return parts, COUNTS[name] if args.pairs is None else {}, files
+    details = pair_details(scores, pairs.same, (subjects[pairs.first], subjects[pairs.second]))
+    return parts, COUNTS[name] if args.pairs is None else {}, files, details
 
 
 def _strata(args: argparse.Namespace, template_ids: Any, result: Any) -> dict[str, Any]:
@@ -152,9 +155,10 @@ def _search(
     samples: "TemplateSamples",
     templates: "EmbeddingSet",
     lists: "tuple[TemplateList, ...]",
-) -> tuple[dict[str, Any], dict[str, int], list[Path]]:
+) -> tuple[dict[str, Any], dict[str, int], list[Path], dict[str, Any]]:
     import numpy as np
 
+    from retrieval.details import search_details
     from retrieval.metrics import evaluate_identification
     from retrieval.protocols.ijb import COUNTS
     from retrieval.results import identification_record
@@ -179,4 +183,5 @@ def _search(
     )
     parts = identification_record(result, fpir_labels=args.fpir)
     parts["counts"] |= {"gallery_1": len(one), "gallery_2": len(two)}
-    return parts, {key: COUNTS[name][key] for key in ("gallery_1", "gallery_2", "probes")}, []
+    expected = {key: COUNTS[name][key] for key in ("gallery_1", "gallery_2", "probes")}
+    return parts, expected, [], search_details(result.searches, probes.subject_ids)

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
     import numpy as np
 
+    from retrieval.details import search_details
     from retrieval.embeddings import concatenate
     from retrieval.metrics import evaluate_identification
     from retrieval.protocols.ijbs import read_ijbs
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         rule=args.rule,
         model=templates.metadata,
         files=plan.files,
+        details=search_details(closed.searches, probes.subject_ids),
         pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
     )
     return 0

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
     import numpy as np
 
+    from retrieval.details import pair_details
     from retrieval.metrics import evaluate_pairs, pair_scores
     from retrieval.protocols.lfw_pairs import fold_accuracy
     from retrieval.results import metric, verification_record
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     first, second, same = pairs
     scores = pair_scores(faces, first, second)
     parts = verification_record(evaluate_pairs(scores, same, fars=args.far.values, rule=args.rule), far_labels=args.far)
+    people = np.unique(faces.subject_ids, return_inverse=True)[1]
     parts["metrics"]["accuracy_best_threshold"] = parts["metrics"].pop("accuracy")
     found, reason = fold_accuracy(scores, same)
     parts["metrics"]["accuracy"] = metric(
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         rule=args.rule,
         model=faces.metadata,
         files=[args.bin or args.pairs],
+        details=pair_details(scores, same, (people[first], people[second])),
         expected={"pairs": _PAIRS[args.entry]} if args.entry in _PAIRS else None,
     )
     return 0

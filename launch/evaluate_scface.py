@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
     import numpy as np
 
+    from retrieval.details import search_details
     from retrieval.metrics import evaluate_identification
     from retrieval.protocols.collection import natural_embeddings
     from retrieval.protocols.scface import DISTANCES_M, find_scface, read_subjects
@@ -39,13 +40,15 @@ def run(args: argparse.Namespace) -> int:
             if rows
         )
     conditions = {}
-    values = []
+    values, found_details = [], []
     for distance, found in zip([d for d, rows in files.probes.items() if rows], probes, strict=True):
         result = evaluate_identification([gallery], found, fpirs=(), resamples=args.resamples)
         conditions[f"d{distance}"] = identification_record(result, fpir_labels=()) | {
             "description": f"{DISTANCES_M[distance]:.2f} m"
         }
         values.append(result.ranks[0][1])
+        found_details.append(search_details(result.searches, found.subject_ids))
+    details = {key: np.concatenate([part[key] for part in found_details]) for key in found_details[0]}
     metrics = {f"rank_1@{name}": entry["metrics"]["rank_1"] for name, entry in conditions.items()}
     metrics["rank_1_mean"] = metric(float(np.mean([v for v in values if v is not None])))
     counts = {"gallery": len(gallery), "probes": sum(map(len, probes)), "missing": collection.missing}
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         title="SCface",
         rule="canonical",
         model=gallery.metadata,
+        details=details,
         files=[args.subjects] if args.subjects is not None else [],
     )
     return 0

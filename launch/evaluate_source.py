@@ -10,6 +10,8 @@ from aroface.errors import ConfigError
 from launch.evaluate_options import positive, print_record
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from retrieval.protocols.collection import Collection
 
 __all__ = ["add_out", "add_pooling", "add_source", "finish", "open_collection"]
@@ -57,6 +59,9 @@ def add_out(parser: argparse.ArgumentParser, *, resamples: int | None = 1000) ->
             metavar="N",
             help="of the bootstrap over subjects, for the intervals; 0: none (%(default)s)",
         )
+    parser.add_argument(
+        "--details", type=Path, metavar="D.npz", help="also write every score, for `aroface evaluate compare`"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
 
 
@@ -98,6 +103,7 @@ def finish(
     model: Mapping[str, Any],
     files: Sequence[Path],
     expected: Mapping[str, int] | None = None,
+    details: "Mapping[str, NDArray[Any]] | None" = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Write and print one record, with what was read and how it was prepared.
@@ -111,6 +117,7 @@ def finish(
         model: metadata of the embeddings.
         files: protocol files, whose hashes are kept.
         expected: counts of the original; another number is a warning.
+        details: arrays for --details.
         **more: further entries of the record.
     """
     from retrieval.results import file_hashes, result_record, write_result
@@ -140,6 +147,10 @@ def finish(
         preprocessing={"contract": contract, "alignment": alignment or "unknown", "flip": model.get("flip", "unknown")},
         **more,
     )
+    if args.details is not None and details is not None:
+        from retrieval.details import write_details
+
+        write_details(args.details, protocol, dict(details))
     write_result(args.out, record)
     print_record(record, title=title)
     return record

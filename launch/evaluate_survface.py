@@ -16,6 +16,8 @@ from launch.evaluate_source import add_out, add_source, finish, open_collection
 if TYPE_CHECKING:
     from retrieval.protocols.collection import Collection
 
+#: Parts of the record, metadata of the model, files, and arrays for --details.
+_Found = tuple[dict[str, Any], Any, tuple[Path, ...], dict[str, Any]]
 _FARS = "0.3,0.1,0.01,0.001"
 
 
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         collection = open_collection(args, stack)
         evaluate = _identify if args.task == "identification" else _verify
-        parts, model, files = evaluate(args, collection)
+        parts, model, files, details = evaluate(args, collection)
     parts["counts"]["missing"] = collection.missing
     finish(
         args,
@@ -47,13 +49,15 @@ def run(args: argparse.Namespace) -> int:
         rule="canonical",
         model=model,
         files=files,
+        details=details,
     )
     return 0
 
 
-def _identify(args: argparse.Namespace, collection: "Collection") -> tuple[dict[str, Any], Any, tuple[Path, ...]]:
+def _identify(args: argparse.Namespace, collection: "Collection") -> _Found:
     import numpy as np
 
+    from retrieval.details import search_details
     from retrieval.metrics import evaluate_identification
     from retrieval.protocols.survface import FPIRS, LIST_LENGTH, read_survface, survface_samples
     from retrieval.results import identification_record
@@ -75,12 +79,13 @@ def _identify(args: argparse.Namespace, collection: "Collection") -> tuple[dict[
     )
     parts = identification_record(result, fpir_labels=FPIRS)
     parts["counts"]["gallery"] = count
-    return parts, templates.metadata, lists.files
+    return parts, templates.metadata, lists.files, search_details(result.searches, probes.subject_ids)
 
 
-def _verify(args: argparse.Namespace, collection: "Collection") -> tuple[dict[str, Any], Any, tuple[Path, ...]]:
+def _verify(args: argparse.Namespace, collection: "Collection") -> _Found:
     import numpy as np
 
+    from retrieval.details import pair_details
     from retrieval.metrics import area_under_roc, evaluate_pairs, pair_scores
     from retrieval.protocols.collection import natural_embeddings
     from retrieval.protocols.survface import read_survface_pairs
@@ -96,4 +101,5 @@ def _verify(args: argparse.Namespace, collection: "Collection") -> tuple[dict[st
     result = evaluate_pairs(scores, same, fars=labels.values)
     parts = verification_record(result, far_labels=labels)
     parts["metrics"]["auc"] = metric(area_under_roc(result.genuine, result.impostor))
-    return parts, faces.metadata, files
+    sides = places[: len(left)], places[len(left) :]  # every image for itself: the lists name no people
+    return parts, faces.metadata, files, pair_details(scores, same, sides)

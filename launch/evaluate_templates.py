@@ -8,10 +8,16 @@ aligned. A template without samples is a failure to enrol. One or two gallery na
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aroface.errors import DataError
 from launch.evaluate_options import add_rule, counts, positive, rates
 from launch.evaluate_source import add_out, add_pooling, add_source, finish, open_collection
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from retrieval.metrics import IdentificationResult
 
 _FPIRS = "0.001,0.01,0.1"
 
@@ -34,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
     import numpy as np
 
+    from retrieval.details import search_details
     from retrieval.metrics import evaluate_identification
     from retrieval.protocols.manifest import read_template_manifest
     from retrieval.results import identification_record
@@ -55,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         templates = pool_templates(samples, chunks, pooling, name=str(args.manifest))
     galleries = [templates.take(rows) for rows in manifest.galleries.values()]
 
-    def identify(rows: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> dict[str, object]:
-        result = evaluate_identification(
+    def identify(rows: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> "IdentificationResult":
+        return evaluate_identification(
             galleries,
             templates.take(rows),
             ranks=args.ranks,
@@ -65,15 +72,18 @@ def run(args: argparse.Namespace) -> int:
             rule=args.rule,
             resamples=args.resamples,
         )
-        return identification_record(result, fpir_labels=args.fpir)
 
-    parts = identify(manifest.probes)
+    result = identify(manifest.probes)
+    parts = identification_record(result, fpir_labels=args.fpir)
     if args.condition is not None:
         values = manifest.conditions[args.condition]
         parts["conditions"] = {
-            f"{args.condition}={value}": identify(manifest.probes[values == value]) for value in np.unique(values)
+            f"{args.condition}={value}": identification_record(
+                identify(manifest.probes[values == value]), fpir_labels=args.fpir
+            )
+            for value in np.unique(values)
         }
-    parts["counts"] |= {"samples": len(samples.keys), "missing": collection.missing}  # type: ignore[operator]
+    parts["counts"] |= {"samples": len(samples.keys), "missing": collection.missing}
     finish(
         args,
         "templates",
@@ -82,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         rule=args.rule,
         model=templates.metadata,
         files=manifest.files,
+        details=search_details(result.searches, templates.subject_ids[manifest.probes]),
         pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
     )
     return 0

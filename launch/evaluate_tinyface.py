@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
+    from retrieval.details import search_details
     from retrieval.metrics import evaluate_identification
     from retrieval.protocols.tinyface import COUNTS, RANKS, embed_tinyface, read_tinyface_lists
     from retrieval.results import identification_record
@@ -48,5 +49,6 @@ def run(args: argparse.Namespace) -> int:
         model=model,
         files=lists.files,
         expected=COUNTS,
+        details=search_details(result.searches, probes.subject_ids),
     )
     return 0

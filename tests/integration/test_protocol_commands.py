@@ -287,3 +287,58 @@ def test_pairs_of_a_bin_without_contract(tmp_path: Path) -> None:
     assert record["metrics"]["accuracy"]["value"] > 0.95
     assert any("do not say how" in warning for warning in record["warnings"])
     assert record["preprocessing"]["alignment"] == "unknown"
+
+
+def details_of(tmp_path: Path, noise: float, name: str, keys: list[str], people: list[int]) -> Path:
+    file = write_keyed(tmp_path / f"{name}.npz", keys, embeddings_of(people, noise=noise))
+    path = tmp_path / f"{name}-details.npz"
+    source = ["--lists", tmp_path / "lists", "--embeddings", file, "--resamples", 0, "--details", path]
+    evaluate(tmp_path, "tinyface", *source)
+    return path
+
+
+def test_two_systems_are_compared_search_by_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, people = write_tinyface(tmp_path / "lists")
+    good, bad = (details_of(tmp_path, noise, f"n{noise}", keys, people) for noise in (0.1, 2.5))
+    record = evaluate_compare(tmp_path, good, bad)
+    entry = record["metrics"]["rank_1"]
+    assert entry["value"] == pytest.approx(entry["first"] - entry["second"])
+    assert entry["first"] == 1.0
+    assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
+    lost = round(12 * (1 - entry["second"]))
+    assert entry["p_value"] == pytest.approx(2 * 0.5**lost)  # all that differ go one way
+    swapped = evaluate_compare(tmp_path, bad, good)["metrics"]["rank_1"]
+    assert swapped["value"] == -entry["value"]
+    equal = evaluate_compare(tmp_path, good, good)["metrics"]["rank_1"]
+    assert (equal["value"], equal["ci95"], equal["p_value"]) == (0.0, [0.0, 0.0], 1.0)
+    capsys.readouterr()
+    (tmp_path / "lists2").mkdir()
+    other = tmp_path / "other.npz"
+    np.savez(other, **{**np.load(good), "subjects": np.arange(12)})
+    assert main(["evaluate", "compare", str(good), str(other), "--out", str(tmp_path / "r.json")]) == 2
+    assert "differ in subjects" in capsys.readouterr().err
+
+
+def evaluate_compare(tmp_path: Path, first: Path, second: Path) -> dict[str, Any]:
+    out = tmp_path / "compare.json"
+    assert main(["evaluate", "compare", str(first), str(second), "--resamples", "200", "--out", str(out)]) == 0
+    record: dict[str, Any] = json.loads(out.read_text())
+    return record
+
+
+def test_two_systems_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    meta = tmp_path / "meta"
+    keys, people = write_ijb(meta)
+    files = []
+    for noise in (1.0, 3.0):
+        file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(people, noise=noise))
+        files.append(tmp_path / f"{noise}.npz")
+        more = ["--resamples", 0, "--far", "0.1", "--details", files[-1]]
+        evaluate(tmp_path, "ijbc", "--meta", meta, "--embeddings", file, *more)
+    out = tmp_path / "compare.json"
+    command = ["evaluate", "compare", *map(str, files), "--far", "0.1", "--resamples", "100", "--out", str(out)]
+    assert main(command) == 0
+    entry = json.loads(out.read_text())["metrics"]["tar@far=0.1"]
+    assert entry["value"] == pytest.approx(entry["first"] - entry["second"])
+    assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
+    assert entry["value"] > 0

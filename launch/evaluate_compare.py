@@ -1,0 +1,98 @@
+"""Is system A better than B: paired comparison of two evaluations of the same protocol.
+
+A and B are files of `--details`. Searches: Rank-1 and Rank-5, with McNemar's exact test and a bootstrap over subjects.
+Pairs: TAR at FAR, each system with its own threshold, and a bootstrap that draws the same people for both.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aroface.errors import DataError
+from launch.evaluate_options import positive, rates
+
+if TYPE_CHECKING:
+    from retrieval.metrics.comparison import Comparison
+
+_FARS = "1e-4,1e-3,1e-2"
+_RANKS = (1, 5)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("first", type=Path, metavar="A.npz", help="details of system A")
+    parser.add_argument("second", type=Path, metavar="B.npz", help="details of system B")
+    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"of pairs ({_FARS})")
+    parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, write, print."""
+    from retrieval.details import read_details
+    from retrieval.results import file_hashes, metric, result_record, write_result
+
+    first, second = read_details(args.first), read_details(args.second)
+    _check_same(args, first, second)
+    found = _pairs(args, first, second) if "scores" in first else _searches(args, first, second)
+    metrics = {
+        name: metric(c.difference, interval=c.interval, first=c.first, second=c.second, p_value=c.p_value, unit="A - B")
+        for name, c in found.items()
+    }
+    counts = {"trials": len(first["subjects"])}
+    files = {"a": file_hashes([args.first]), "b": file_hashes([args.second])}
+    record = result_record("compare", "canonical", counts=counts, metrics=metrics, inputs=files)
+    write_result(args.out, record | {"of": str(first["protocol"])})
+    _print(str(first["protocol"]), found)
+    return 0
+
+
+def _check_same(args: argparse.Namespace, first: dict[str, Any], second: dict[str, Any]) -> None:
+    import numpy as np
+
+    trials = [name for name in ("protocol", "subjects", "same", "is_mated", "gallery") if name in first]
+    for name in trials:
+        if name not in second or not np.array_equal(first[name], second[name]):
+            raise DataError(
+                f"{args.first} and {args.second} differ in {name}: they are not two evaluations of the same "
+                "protocol, with the same trials in the same order."
+            )
+
+
+def _pairs(args: argparse.Namespace, first: dict[str, Any], second: dict[str, Any]) -> "dict[str, Comparison]":
+    from retrieval.metrics.comparison import compare_tar
+
+    sides = first["subjects"][:, 0], first["subjects"][:, 1]
+    found = compare_tar(
+        (first["scores"], second["scores"]), first["same"], sides, args.far.values, resamples=args.resamples
+    )
+    return {f"tar@far={label}": comparison for label, comparison in zip(args.far, found, strict=True)}
+
+
+def _searches(args: argparse.Namespace, first: dict[str, Any], second: dict[str, Any]) -> "dict[str, Comparison]":
+    from retrieval.metrics.comparison import compare_hits
+
+    mated = first["is_mated"]
+    if not mated.any():
+        raise DataError(f"{args.first} holds no mated search; there is no rank to compare.")
+    return {
+        f"rank_{k}": compare_hits(
+            first["rank"][mated] <= k, second["rank"][mated] <= k, first["subjects"][mated], resamples=args.resamples
+        )
+        for k in _RANKS
+    }
+
+
+def _print(protocol: str, found: "dict[str, Comparison]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"A - B on {protocol}", title_justify="left")
+    for heading in ("metric", "A", "B", "A - B", "95 % interval", "McNemar p"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for name, c in found.items():
+        interval = f"{100 * c.interval.low:+.2f} to {100 * c.interval.high:+.2f}" if c.interval else ""
+        p_value = "" if c.p_value is None else f"{c.p_value:.2g}"
+        values = f"{100 * c.first:.2f} %", f"{100 * c.second:.2f} %", f"{100 * c.difference:+.2f}"
+        table.add_row(name, *values, interval, p_value)
+    Console().print(table)
