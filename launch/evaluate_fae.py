@@ -1,7 +1,8 @@
 """FAE-1: identification and verification against the angle, shift and scale error of the probes' alignment.
 
-The gallery stays aligned. Every severity is measured with the threshold re-calibrated to FAR 1e-2, and with that of the
-clean probes kept ("frozen"): FNMR and FMR of a system whose threshold was set once.
+The gallery stays aligned, unless --sides both. Beside angle, shift, scale and all three at once, the landmarks are made
+wrong and the face aligned anew from them. Every severity is measured with the threshold re-calibrated to FAR 1e-2, and
+with that of the clean probes kept ("frozen"): FNMR and FMR of a system whose threshold was set once.
 """
 
 import argparse
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trials", type=positive, default=1, metavar="T", help="draws of shifts and of severities (%(default)s)"
     )
+    parser.add_argument(
+        "--sides", choices=("probe", "both"), default="probe", help="whose alignment is wrong (%(default)s)"
+    )
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
@@ -37,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
     faces = open_face_set(args.faces)
     settings = FaeSettings(
-        subset=None if args.all else args.subset, trials=args.trials, flip=args.flip, batch_size=args.batch
+        subset=None if args.all else args.subset,
+        trials=args.trials,
+        sides=args.sides,
+        flip=args.flip,
+        batch_size=args.batch,
     )
     embedder = open_embedder(args.model, threads=args.threads, batch_size=args.batch)
     with Progress("FAE-1", total=num_forward_images(faces, settings), unit="images") as progress:

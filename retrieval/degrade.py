@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from aroface.align import similarity_to_template
 from aroface.contract import ARCFACE_TEMPLATE_112
 from aroface.errors import ConfigError
 from aroface.images import decode_rgb, encode_jpeg, resize_face
@@ -22,6 +23,7 @@ __all__ = [
     "Misalignment",
     "draw_jpeg_quality",
     "generator_for",
+    "jitter_landmarks",
     "low_quality",
     "misalign",
     "move_points",
@@ -74,6 +76,20 @@ def sample_misalignment(generator: np.random.Generator, severity: float) -> Misa
         raise ConfigError(f"severity = {severity} is outside [0, 1]; 0 is aligned, 1 the whole box.")
     theta, scale, x, y = severity * generator.uniform(-1.0, 1.0, 4)
     return Misalignment(_BOX_THETA_DEG * theta, 1.0 + _BOX_SCALE * scale, (_BOX_SHIFT_PX * x, _BOX_SHIFT_PX * y))
+
+
+def jitter_landmarks(generator: np.random.Generator, sigma: float) -> Misalignment:
+    """What an aligner does when each of the five landmarks is wrong by a normal error of `sigma` eye distances.
+
+    The crop is aligned anew from the wrong landmarks, by the least-squares similarity that alignment always uses.
+    """
+    found = ARCFACE_TEMPLATE_112 + sigma * INTER_OCULAR_PX * generator.standard_normal((5, 2))
+    matrix = similarity_to_template(found)
+    scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
+    centre = np.full(2, (CROP_PX - 1) / 2)
+    shift = matrix[:, :2] @ centre + matrix[:, 2] - centre
+    theta = float(np.rad2deg(np.arctan2(matrix[1, 0], matrix[0, 0])))
+    return Misalignment(theta, scale, (float(shift[0]), float(shift[1])))
 
 
 def misalign(pixels: NDArray[np.uint8], error: Misalignment) -> NDArray[np.uint8]:

@@ -1,21 +1,30 @@
 """FAE-1: how accuracy falls as the probes lose their alignment. To be compared only with itself.
 
-Gallery: the first image of every identity, as it is. Probes: other images, turned, shifted, scaled, or all of it at
-once, warped once from the source. Two policies for the threshold: re-calibrated to the wanted FAR at every severity, as
-benchmarks do, and the threshold of the clean probes kept, as a deployed system does; the second shows what the first
-hides, namely that misalignment moves the scores of impostors too.
+Gallery: the first image of every identity, as it is (or misaligned too, each image by its own draw). Probes: other
+images, turned, shifted, scaled, all of it at once, or aligned by wrong landmarks, warped once from the source. Two
+policies for the threshold: re-calibrated to the wanted FAR at every severity, as benchmarks do, and the threshold of the
+clean probes kept, as a deployed system does; the second shows what the first hides, namely that misalignment moves the
+scores of impostors too.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aroface.types import Embedder, FaceSet
-from retrieval.degrade import ALIGNED, Misalignment, generator_for, misalign, nme, sample_misalignment
+from retrieval.degrade import (
+    ALIGNED,
+    Misalignment,
+    generator_for,
+    jitter_landmarks,
+    misalign,
+    nme,
+    sample_misalignment,
+)
 from retrieval.embeddings import EmbeddingSet
 from retrieval.extraction import FlipMode, Transform, embed_face_set
 from retrieval.metrics import OperatingPoint, operating_point
@@ -24,7 +33,10 @@ from retrieval.metrics.search import rank_scores
 from retrieval.protocols.lfw_lq import split_faces
 from retrieval.results import metric, result_record
 
-__all__ = ["SWEEPS", "FaeSettings", "Sweep", "evaluate_fae", "num_forward_images"]
+__all__ = ["SWEEPS", "FaeSettings", "Sides", "Sweep", "evaluate_fae", "num_forward_images"]
+
+#: probe: the gallery stays aligned. both: every image is misaligned by its own draw.
+Sides = Literal["probe", "both"]
 
 _TASK = "fae-1"
 _FAR_LABEL = "1e-2"
@@ -55,6 +67,7 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("shift", "px", (0, 1, 2, 4, 6, 8, 12), 0, True, _shift),
     Sweep("scale", "", (0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2), 1, False, lambda _, s: Misalignment(scale=s)),
     Sweep("severity", "", (0, 0.25, 0.5, 0.75, 1), 0, True, sample_misalignment),
+    Sweep("landmarks", "eye distances", (0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.10, 0.15), 0, True, jitter_landmarks),
 )
 
 
@@ -64,6 +77,7 @@ class FaeSettings:
 
     subset: int | None = 500  #: probes, chosen by the hash of their key; None takes all
     trials: int = 1  #: draws of the random sweeps
+    sides: Sides = "probe"  #: whose alignment is wrong
     flip: FlipMode = "sum"
     batch_size: int = 64
 
@@ -81,7 +95,8 @@ def num_forward_images(faces: FaceSet, settings: FaeSettings) -> int:
     """Images that the model embeds (mirror images not counted), for a progress bar."""
     gallery, probes = split_faces(faces)
     passes = sum((len(sweep.levels) - 1) * (settings.trials if sweep.is_random else 1) for sweep in SWEEPS)
-    return len(gallery) + len(_subset(faces, probes, settings.subset)) * (1 + passes)
+    moved = len(_subset(faces, probes, settings.subset)) + (len(gallery) if settings.sides == "both" else 0)
+    return len(gallery) + len(_subset(faces, probes, settings.subset)) + moved * passes
 
 
 def evaluate_fae(
@@ -123,7 +138,8 @@ def evaluate_fae(
     gallery = embed(gallery_rows)
     clean = _score(gallery, embed(probe_rows))
     frozen = operating_point(clean.impostor, float(_FAR_LABEL))
-    keys = [faces.keys[row] for row in probe_rows]
+    moved = [*probe_rows, *(gallery_rows if settings.sides == "both" else ())]
+    keys = [faces.keys[row] for row in moved]
     sweeps = []
     for sweep in SWEEPS:
         points = []
@@ -135,7 +151,8 @@ def evaluate_fae(
             errors: list[float] = []
             for trial in range(settings.trials if sweep.is_random else 1):
                 drawn = {key: _drawn(sweep, level, key, trial) for key in keys}
-                trials.append(_measure(_score(gallery, embed(probe_rows, _warp(drawn))), frozen))
+                enrolled = embed(gallery_rows, _warp(drawn)) if settings.sides == "both" else gallery
+                trials.append(_measure(_score(enrolled, embed(probe_rows, _warp(drawn))), frozen))
                 errors.extend(map(nme, drawn.values()))
             points.append(_point(level, trials, errors))
         sweeps.append({"name": sweep.name, "unit": sweep.unit, "points": points})
@@ -146,7 +163,8 @@ def evaluate_fae(
         metrics=_summary(clean, frozen, sweeps),
         sweeps=sweeps,
         model=dict(gallery.metadata),
-        settings={"version": 1, "subset": settings.subset, "trials": settings.trials, "flip": settings.flip},
+        settings={"version": 1, "subset": settings.subset, "trials": settings.trials, "flip": settings.flip}
+        | {"sides": settings.sides},
     )
 
 

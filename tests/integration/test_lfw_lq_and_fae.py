@@ -217,3 +217,16 @@ def test_the_gallery_command(tmp_path: Path, capsys: Any) -> None:
         assert main(["gallery", *command]) == 2
         assert message in capsys.readouterr().err
     assert main(["gallery", "build", gallery, "--embeddings", other, "--replace"]) == 0
+
+
+def test_fae_misaligns_the_gallery_too_where_it_is_asked_to() -> None:
+    seen: list[int] = []
+    settings = FaeSettings(subset=6, sides="both", flip="none")
+    both = evaluate_fae(PixelEmbedder(), FACES, settings, on_progress=seen.append)
+    assert seen[-1] == fae_images(FACES, settings)
+    probe = evaluate_fae(PixelEmbedder(), FACES, FaeSettings(subset=6, flip="none"), on_progress=seen.append)
+    clean = [record["sweeps"][0]["points"][5]["metrics"] for record in (both, probe)]
+    assert clean[0] == clean[1]
+    turned = [record["sweeps"][0]["points"][-1] for record in (both, probe)]  # by one angle on both sides
+    assert turned[0]["metrics"]["rank_1"] >= turned[1]["metrics"]["rank_1"]
+    assert both["settings"]["sides"] == "both"

@@ -13,6 +13,7 @@ from retrieval.degrade import (
     Misalignment,
     draw_jpeg_quality,
     generator_for,
+    jitter_landmarks,
     low_quality,
     misalign,
     move_points,
@@ -106,3 +107,19 @@ def test_the_pixel_baseline_ignores_brightness_and_contrast() -> None:
     assert embeddings[0] @ embeddings[1] < -0.9
     assert abs(embeddings[0] @ embeddings[2]) < 0.9
     assert not embeddings[3].any()
+
+
+def test_wrong_landmarks_become_the_similarity_that_undoes_them() -> None:
+    assert nme(jitter_landmarks(np.random.default_rng(0), 0.0)) == pytest.approx(0, abs=1e-6)
+    sizes = []
+    for sigma in (0.02, 0.1):
+        errors = []
+        for seed in range(200):
+            noise = np.random.default_rng(seed).standard_normal((5, 2))
+            found = ARCFACE_TEMPLATE_112 + sigma * INTER_OCULAR_PX * noise
+            moved = move_points(found, jitter_landmarks(np.random.default_rng(seed), sigma))
+            left = np.linalg.norm(moved - ARCFACE_TEMPLATE_112, axis=1)
+            assert (left**2).sum() <= (np.linalg.norm(found - ARCFACE_TEMPLATE_112, axis=1) ** 2).sum() + 1e-6
+            errors.append(nme(jitter_landmarks(np.random.default_rng(seed), sigma)))
+        sizes.append(np.mean(errors))
+    assert 3 < sizes[1] / sizes[0] < 7
