@@ -2,9 +2,9 @@
 
 Gallery: the first image of every identity, as it is (or misaligned too, each image by its own draw). Probes: other
 images, turned, shifted, scaled, all of it at once, or aligned by wrong landmarks, warped once from the source. Two
-policies for the threshold: re-calibrated to the wanted FAR at every severity, as benchmarks do, and the threshold of the
-clean probes kept, as a deployed system does; the second shows what the first hides, namely that misalignment moves the
-scores of impostors too.
+policies for the threshold: re-calibrated to the wanted FAR at every severity, as benchmarks do, and that of the clean
+probes kept, as a deployed system does; the second shows what the first hides, namely that misalignment moves the scores
+of impostors too.
 """
 
 import hashlib
