@@ -1,22 +1,47 @@
-"""Turn the faces of a folder, .zip or shard directory into embeddings (.npz).
+"""Turn the faces of a folder, archive, list or shard directory into embeddings.
 
 MODEL is a run directory, one of its checkpoints (both on PyTorch), or an .onnx file (on ONNX Runtime). Embeddings are
 written un-normalised, one row per image, with identity and key. An image that cannot be read gets a zero row marked
 `fte` (failure to enrol) and is named in a warning.
+
+--out FILE.npz is one file. --out DIR is for large sets: a part per shard or 4096 images, and an index when all are
+there. The same command goes on where it stopped; given on other machines that share the folder, or with --processes,
+it takes the parts that nobody works on. Every command that reads an embedding file reads such a folder too.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from aroface.errors import ConfigError
+from aroface.errors import ArofaceError, ConfigError
+from launch.evaluate_options import positive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aroface.types import Embedder, FaceSet
+    from retrieval.extraction import Extraction
+    from retrieval.parted_extraction import PartedExtraction
+
+_IMAGES_PER_PART = 4096
+_WATCH_S = 0.5
+#: Set for the processes that --processes starts.
+_WORKER = "AROFACE_EMBED_WORKER"
+_USER_ERROR = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="run directory, checkpoint or .onnx file")
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder or .zip of identity/image, or shards")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz file to write")
+    parser.add_argument(
+        "images", type=Path, metavar="IMAGES", help="folder or archive of identity/image, list, shards, flat folder"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="FILE.npz, or a folder for parts")
     parser.add_argument(
         "--take",
         choices=("all", "first", "rest"),
@@ -29,55 +54,230 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="sum: add the embedding of the mirror image (%(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per call (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the model (default: all cores)")
-    parser.add_argument("--decode-threads", type=int, default=2, metavar="N", help="threads that decode (%(default)s)")
+    aligned = parser.add_mutually_exclusive_group()
+    aligned.add_argument(
+        "--landmarks", type=Path, metavar="FILE", help="align by these points (.csv, .json, or the .txt of IJB)"
+    )
+    aligned.add_argument("--align", action="store_true", help="align by the points in the list that IMAGES is")
+    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
+    parser.add_argument(
+        "--decode-threads", type=positive, default=2, metavar="N", help="threads that decode (%(default)s)"
+    )
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
         help="arithmetic of PyTorch, for checkpoints only (%(default)s)",
     )
+    parts = parser.add_argument_group("for a folder of parts")
+    parts.add_argument(
+        "--images-per-part",
+        type=positive,
+        default=_IMAGES_PER_PART,
+        metavar="N",
+        help="at most; a part never spans two shards (%(default)s)",
+    )
+    parts.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="on this machine, each on a GPU of its own where there are several (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Embed and save."""
-    for option in ("batch", "threads", "decode_threads"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {value} is out of range; it is a count of at least 1.")
-    if args.out.suffix != ".npz":
-        raise ConfigError(f"--out {args.out} must end in .npz, such as {args.out.with_suffix('.npz')}.")
-    from launch.embedders import open_embedder
-    from launch.progress import Progress
-    from retrieval.embeddings import write_embeddings
-    from retrieval.extraction import embed_face_set, select_images
-    from shards.faces import open_face_set
+    if args.out.suffix == ".npz":
+        if args.processes > 1:
+            raise ConfigError(f"--processes {args.processes} needs a folder for --out, such as {args.out.stem}.")
+        return _embed_to_file(args)
+    if args.out.suffix:
+        raise ConfigError(f"--out {args.out}: name a file that ends in .npz, or a folder.")
+    if args.processes > 1 and _WORKER not in os.environ:
+        return _start_processes(args)
+    return _embed_in_parts(args)
 
-    faces = open_face_set(args.images)
-    embedder = open_embedder(args.model, precision=args.precision, threads=args.threads, batch_size=args.batch)
-    _refuse_double_flip(embedder, args)
-    indices = select_images(faces, args.take)
-    started = time.perf_counter()
-    with Progress("Embed", total=len(indices), unit="images") as progress:
-        extraction = embed_face_set(
-            embedder,
-            faces,
-            indices=indices,
-            flip=args.flip,
-            batch_size=args.batch,
-            decode_threads=args.decode_threads,
-            on_progress=progress.update,
-            metadata={"images": str(args.images), "take": args.take},
+
+class _Job:
+    """What is embedded, by what: the same in every process."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from launch.embedders import open_embedder
+        from retrieval.extraction import select_images
+        from shards.faces import align_faces, open_face_set
+
+        faces: FaceSet = open_face_set(args.images, align=args.align)
+        self.faces = faces if args.landmarks is None else align_faces(faces, args.landmarks)
+        self.unaligned = faces
+        self.embedder: Embedder = open_embedder(
+            args.model, precision=args.precision, threads=args.threads, batch_size=args.batch
         )
+        _refuse_double_flip(self.embedder, args)
+        self.indices = select_images(self.faces, args.take)
+        self._args = args
+        self.metadata = {"images": str(args.images), "take": args.take}
+        if args.landmarks is not None or args.align:
+            self.metadata["aligned_by"] = "the list" if args.landmarks is None else args.landmarks.name
+
+    def embed(self, indices: Sequence[int], on_progress: "Callable[[int], None]", *, is_part: bool) -> "Extraction":
+        """Some images, in that order."""
+        from retrieval.extraction import embed_face_set
+
+        return embed_face_set(
+            self.embedder,
+            self.faces,
+            indices=indices,
+            flip=self._args.flip,
+            batch_size=self._args.batch,
+            decode_threads=self._args.decode_threads,
+            on_progress=on_progress,
+            metadata=self.metadata,
+            may_all_fail=is_part,
+        )
+
+
+def _embed_to_file(args: argparse.Namespace) -> int:
+    from launch.progress import Progress
+    from retrieval.embedding_files import write_embeddings
+
+    job = _Job(args)
+    started = time.perf_counter()
+    with Progress("Embed", total=len(job.indices), unit="images") as progress:
+        extraction = job.embed(job.indices, progress.update, is_part=False)
     elapsed_s = time.perf_counter() - started
     write_embeddings(args.out, extraction.embeddings)
-    identities = len({faces.identities[index] for index in indices})
-    print(f"{args.out}: {len(indices)} images of {identities} identities, D = {embedder.embedding_dim}")
+    identities = len({job.faces.identities[index] for index in job.indices})
+    print(f"{args.out}: {len(job.indices)} images of {identities} identities, D = {job.embedder.embedding_dim}")
     print(
-        f"  model {embedder.model_id}, {len(indices) / elapsed_s:.1f} images/s, {len(extraction.unreadable)} unreadable"
+        f"  model {job.embedder.model_id}, {len(job.indices) / elapsed_s:.1f} images/s, "
+        f"{len(extraction.unreadable)} unreadable"
     )
     return 0
+
+
+def _embed_in_parts(args: argparse.Namespace) -> int:
+    from retrieval.parted_extraction import PartedExtraction, part_bounds
+    from shards.faces import shard_of_rows
+
+    job = _Job(args)
+    shards = shard_of_rows(job.unaligned)
+    bounds = part_bounds(
+        len(job.indices),
+        images_per_part=args.images_per_part,
+        groups=None if shards is None else [shards[index] for index in job.indices],
+    )
+    parts = PartedExtraction(
+        args.out,
+        description={
+            "model_id": job.embedder.model_id,
+            "contract": job.embedder.contract.model_dump(),
+            "flip": args.flip,
+            "precision": args.precision,
+            **{key: value for key, value in job.metadata.items() if key != "images"},
+        },
+        keys=[job.faces.keys[index] for index in job.indices],
+        bounds=bounds,
+    )
+    return _work(args, job, parts)
+
+
+def _work(args: argparse.Namespace, job: _Job, parts: "PartedExtraction") -> int:
+    from launch.progress import Progress
+
+    total = len(job.indices)
+    started, before = time.perf_counter(), parts.rows_done
+    own = 0
+    with Progress("Embed", total=total, unit="images") as progress:
+        is_shown = _WORKER not in os.environ
+
+        def show(done: int) -> None:
+            if is_shown:
+                progress.update(min(done, total))
+
+        def embed(start: int, stop: int) -> Any:
+            nonlocal own
+            done = parts.rows_done
+            found = job.embed(job.indices[start:stop], lambda count: show(done + count), is_part=True)
+            own += stop - start
+            return found.embeddings
+
+        show(before)
+        made = parts.work(embed, on_idle=lambda: show(parts.rows_done))
+        show(total)
+    if _WORKER in os.environ:
+        return 0
+    elapsed_s = time.perf_counter() - started
+    _say_done(args)
+    print(f"  {made} parts made here, {before} images were there before, {own / max(elapsed_s, 1e-9):.1f} images/s")
+    return 0
+
+
+def _say_done(args: argparse.Namespace) -> None:
+    """Read the whole once, as an evaluation will."""
+    from retrieval.embedding_files import read_embeddings
+
+    found = read_embeddings(args.out)
+    failed = int((~found.enrolled).sum())
+    print(f"{args.out}: {len(found)} images, D = {found.embeddings.shape[1]}, {failed} not enrolled")
+
+
+def _start_processes(args: argparse.Namespace) -> int:
+    """The same command several times; whoever dies leaves its part to the others."""
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.processes)
+    command = [sys.executable, "-m", "launch.cli", "embed", *_as_options(args, threads)]
+    started = time.perf_counter()
+    devices = _devices()
+    workers = [
+        subprocess.Popen(command, env={**os.environ, _WORKER: str(number), **_device(devices, number)})
+        for number in range(args.processes)
+    ]
+    try:
+        while any(worker.poll() is None for worker in workers):
+            if any(worker.returncode == _USER_ERROR for worker in workers):
+                break  # its message stands on stderr, and the others would only repeat it
+            time.sleep(_WATCH_S)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+            worker.wait()
+    if any(worker.returncode == _USER_ERROR for worker in workers):
+        return _USER_ERROR
+    lost = [worker.returncode for worker in workers if worker.returncode]
+    if len(lost) == len(workers):
+        raise ArofaceError(
+            f"All {len(workers)} processes ended early (exit codes {', '.join(map(str, lost))}; -9 is often a lack of "
+            "memory: take fewer --processes or a smaller --batch). The same command goes on where they stopped."
+        )
+    if lost:
+        print(
+            f"aroface embed: {len(lost)} of {len(workers)} processes ended early; the others did their part.",
+            file=sys.stderr,
+        )
+    _say_done(args)
+    print(f"  {args.processes} processes, {time.perf_counter() - started:.1f} s with starting them")
+    return 0
+
+
+def _devices() -> list[str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _device(devices: Sequence[str], number: int) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+
+
+def _as_options(args: argparse.Namespace, threads: int) -> list[str]:
+    options = [str(args.model), str(args.images), "--out", str(args.out), "--take", args.take, "--flip", args.flip]
+    options += ["--batch", str(args.batch), "--threads", str(threads), "--decode-threads", str(args.decode_threads)]
+    options += ["--precision", args.precision, "--images-per-part", str(args.images_per_part)]
+    options += ["--landmarks", str(args.landmarks)] if args.landmarks is not None else []
+    return [*options, *(["--align"] if args.align else [])]
 
 
 def _refuse_double_flip(embedder: object, args: argparse.Namespace) -> None:

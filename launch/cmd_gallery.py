@@ -150,7 +150,7 @@ def _read_enrolled(path: Path) -> "EmbeddingSet":
     import logging
 
     from aroface.errors import DataError
-    from retrieval.embeddings import read_embeddings
+    from retrieval.embedding_files import read_embeddings
 
     embeddings = read_embeddings(path)
     failed = int((~embeddings.enrolled).sum())

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
-    from retrieval.embeddings import read_embeddings
+    from retrieval.embedding_files import read_embeddings
     from retrieval.metrics import evaluate_identification
     from retrieval.results import file_hashes, identification_record, result_record, write_result
 

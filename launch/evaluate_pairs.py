@@ -80,7 +80,7 @@ def _from_bin(args: argparse.Namespace) -> "tuple[EmbeddingSet, Pairs, list[str]
     import numpy as np
 
     from aroface.bin_file import read_bin_file
-    from retrieval.embeddings import read_embeddings
+    from retrieval.embedding_files import read_embeddings
     from retrieval.protocols.lfw_pairs import bin_faces, bin_pairs
 
     content = read_bin_file(args.bin)

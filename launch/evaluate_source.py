@@ -26,7 +26,7 @@ def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
     """
     group = parser.add_argument_group("where the embeddings come from")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--embeddings", type=Path, metavar="E.npz", help="embedding file with `keys`")
+    source.add_argument("--embeddings", type=Path, metavar="E", help="embedding file (.npz) or folder, with `keys`")
     source.add_argument("--model", type=Path, metavar="MODEL", help="run directory, checkpoint or .onnx; with --images")
     group.add_argument("--images", type=Path, metavar="PATH", help=images)
     group.add_argument("--flip", choices=("sum", "none"), default="sum", help="F1: mirror images added (%(default)s)")
@@ -76,9 +76,10 @@ def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | 
     Raises:
         ConfigError: --model without --images.
     """
-    from retrieval.embeddings import read_embeddings
-    from retrieval.protocols.collection import EmbeddedCollection, ImageCollection, ImageFolder
-    from shards.faces import open_face_set
+    from retrieval.embedding_files import read_embeddings
+    from retrieval.protocols.collection import EmbeddedCollection, ImageCollection
+    from shards.faces import ImageFolder, open_face_set
+    from shards.manifest import MANIFEST_NAME
 
     if args.embeddings is not None:
         return EmbeddedCollection(read_embeddings(args.embeddings))
@@ -87,7 +88,8 @@ def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | 
     from launch.embedders import open_embedder
     from launch.progress import Progress
 
-    faces = ImageFolder(args.images) if args.images.is_dir() else open_face_set(args.images)
+    is_folder = args.images.is_dir() and not (args.images / MANIFEST_NAME).is_file()
+    faces = ImageFolder(args.images) if is_folder else open_face_set(args.images)
     embedder = open_embedder(args.model, threads=args.threads, batch_size=args.batch)
     progress = stack.enter_context(Progress("Embed", total=total or len(faces.keys), unit="images"))
     return ImageCollection(faces, embedder, flip=args.flip, batch_size=args.batch, on_progress=progress.update)

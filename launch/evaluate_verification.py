@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
-    from retrieval.embeddings import read_embeddings
+    from retrieval.embedding_files import read_embeddings
     from retrieval.metrics import evaluate_verification
     from retrieval.pairs import read_index_pairs
     from retrieval.results import file_hashes, result_record, verification_record, write_result

@@ -1,29 +1,20 @@
-"""Embedding files (`.npz`): what `aroface embed` writes and every evaluation reads. No pickle, ever.
+"""Embeddings with what belongs to each row: what `aroface embed` makes and every evaluation works on."""
 
-embeddings    float32 (N, D), un-normalised
-subject_ids   (N,) integers or fixed-width strings
-template_ids, media_ids (N,), det_scores float32 (N,), fte bool (N,), keys (N,)    optional
-metadata      0-d string, JSON: model id, contract, flip                           optional
-"""
-
-import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aroface.errors import DataError
-from aroface.files import atomic_path
 
-__all__ = ["EmbeddingSet", "concatenate", "read_embeddings", "write_embeddings"]
+__all__ = ["OPTIONAL_COLUMNS", "EmbeddingSet", "concatenate"]
 
 _BLOCK_ROWS = 8192
-_OPTIONAL = ("template_ids", "media_ids", "det_scores", "fte", "keys")
+#: Columns that a set may lack; each has one value per row.
+OPTIONAL_COLUMNS = ("template_ids", "media_ids", "det_scores", "fte", "keys")
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class EmbeddingSet:
             raise DataError(
                 f"{self.name}: embeddings must be float32 of shape (N, D), not {values.dtype} {values.shape}."
             )
-        for key in ("subject_ids", *_OPTIONAL):
+        for key in ("subject_ids", *OPTIONAL_COLUMNS):
             array = getattr(self, key)
             if array is not None and array.shape != (len(values),):
                 raise DataError(
@@ -90,7 +81,7 @@ class EmbeddingSet:
 
     def take(self, rows: NDArray[Any]) -> "EmbeddingSet":
         """The given rows (indices or mask) as a set."""
-        optional = {k: None if (a := getattr(self, k)) is None else a[rows] for k in _OPTIONAL}
+        optional = {k: None if (a := getattr(self, k)) is None else a[rows] for k in OPTIONAL_COLUMNS}
         return EmbeddingSet(
             self.embeddings[rows], self.subject_ids[rows], **optional, metadata=self.metadata, name=self.name
         )
@@ -98,7 +89,7 @@ class EmbeddingSet:
 
 def concatenate(sets: Sequence[EmbeddingSet]) -> EmbeddingSet:
     """The rows of several sets, one after the other; optional columns stay where all sets have them."""
-    columns = {key: [getattr(part, key) for part in sets] for key in _OPTIONAL}
+    columns = {key: [getattr(part, key) for part in sets] for key in OPTIONAL_COLUMNS}
     optional = {
         key: np.concatenate(arrays) for key, arrays in columns.items() if all(array is not None for array in arrays)
     }
@@ -109,41 +100,3 @@ def concatenate(sets: Sequence[EmbeddingSet]) -> EmbeddingSet:
         metadata=sets[0].metadata,
         name=" + ".join(part.name for part in sets),
     )
-
-
-def write_embeddings(path: Path, embeddings: EmbeddingSet) -> None:
-    """Write one embedding file, atomically."""
-    arrays = {"embeddings": embeddings.embeddings, "subject_ids": embeddings.subject_ids}
-    arrays |= {key: array for key in _OPTIONAL if (array := getattr(embeddings, key)) is not None}
-    arrays["metadata"] = np.array(json.dumps(dict(embeddings.metadata)))
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-
-
-def read_embeddings(path: Path) -> EmbeddingSet:
-    """Read and check one embedding file.
-
-    Raises:
-        DataError: missing, not an .npz, a key missing, pickled content, or arrays that contradict one another.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; `aroface embed` writes embedding files.") from error
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise DataError(
-            f"{path} cannot be read as an embedding file ({error}). "
-            "It must be an .npz of plain arrays, without pickles."
-        ) from error
-    missing = [key for key in ("embeddings", "subject_ids") if key not in arrays]
-    if missing:
-        raise DataError(f"{path} lacks {' and '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}.")
-    known = {key: arrays[key] for key in _OPTIONAL if key in arrays}
-    metadata = json.loads(str(arrays["metadata"])) if "metadata" in arrays else {}
-    embeddings = arrays["embeddings"]
-    if embeddings.dtype in (np.float16, np.float64):
-        raise DataError(
-            f"{path}: embeddings are {embeddings.dtype}; float32 is the format. Convert them once and save."
-        )
-    return EmbeddingSet(embeddings, arrays["subject_ids"], **known, metadata=metadata, name=str(path))

@@ -8,6 +8,7 @@ A value that does not exist is null and carries a `reason`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from aroface.files import read_json, sha256_of, write_json
+from retrieval.embedding_files import INDEX_NAME
 from retrieval.metrics.identification import IdentificationResult, OpenSetPoint
 from retrieval.metrics.intervals import Interval
 from retrieval.metrics.rules import MIN_SUPPORTED
@@ -97,8 +99,12 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def file_hashes(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 by file name, for `inputs`."""
-    return {path.name: sha256_of(path) for path in paths}
+    """SHA-256 by file name, by path where two have one name; for a folder of embeddings that of its index."""
+    names = Counter(path.name for path in paths)
+    return {
+        path.name if names[path.name] == 1 else str(path): sha256_of(path / INDEX_NAME if path.is_dir() else path)
+        for path in paths
+    }
 
 
 def verification_record(result: VerificationResult, *, far_labels: Sequence[str]) -> dict[str, Any]:

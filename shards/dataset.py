@@ -109,7 +109,8 @@ class ShardDataset:
             )
         return index
 
-    def _labels(self) -> NDArray[np.int64]:
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) class of every stored image, as the shards number them."""
         return np.concatenate([np.asarray(index.label) for index in self._indices]).astype(np.int64)
 
     @property
@@ -128,7 +129,7 @@ class ShardDataset:
             )
 
     def _leave_out_small(self, min_images: int) -> None:
-        labels = self._labels()
+        labels = self.labels()
         counts = np.bincount(labels, minlength=self.manifest.num_classes)
         keep_class = counts >= min_images
         if not keep_class.any():
@@ -150,7 +151,7 @@ class ShardDataset:
         return result if self._kept is None else self._kept[result]
 
     def _kept_labels(self) -> NDArray[np.int64]:
-        labels = self._labels()
+        labels = self.labels()
         return labels if self._kept is None or self._class_map is None else self._class_map[labels[self._kept]]
 
     def _kept_names(self) -> list[str]:

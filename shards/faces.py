@@ -1,56 +1,133 @@
-"""Any source layout, or a shard directory, as named faces: what embedding and evaluation read."""
+"""Any source layout, a shard directory or a plain folder, as named faces: what embedding and evaluation read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aroface.align import align_face
+from aroface.errors import DataError
 from aroface.images import decode_rgb
 from aroface.types import FaceSet
 from shards.dataset import ShardDataset
+from shards.landmark_file import read_landmarks
 from shards.manifest import MANIFEST_NAME, read_identities
 from shards.pack import read_table
-from shards.sources import SourceOptions, open_source
+from shards.sources import SourceOptions, detect_format, open_source
+from shards.sources.base import IMAGE_SUFFIXES
 
-__all__ = ["open_face_set"]
+__all__ = ["ImageFolder", "align_faces", "open_face_set", "shard_of_rows"]
 
 
-def open_face_set(path: Path, *, options: SourceOptions | None = None) -> FaceSet:
-    """Faces in any source layout or a shard directory, sorted by identity and name.
+def open_face_set(path: Path, *, options: SourceOptions | None = None, align: bool = False) -> FaceSet:
+    """Faces of a shard directory as they are stored; else of any layout, sorted by identity and name.
+
+    Args:
+        path: shards, a source of any layout, or one folder of images without identities.
+        options: of the layout.
+        align: crop each image by the landmarks that its list tells.
 
     Raises:
         DataError: nothing there, or of no known layout.
     """
     if path.is_dir() and (path / MANIFEST_NAME).is_file():
         return _ShardFaces(path)
-    return _SourceFaces(path, options)
+    if path.is_dir() and options is None and _is_flat(path):
+        return ImageFolder(path)
+    return _SourceFaces(path, options, align=align)
+
+
+def align_faces(faces: FaceSet, landmarks: Path) -> FaceSet:
+    """The same faces, each cropped by its five points when it is read.
+
+    Args:
+        faces: named as the file names them.
+        landmarks: see `shards.landmark_file.read_landmarks`.
+
+    Raises:
+        DataError: the file is malformed, or lacks a face.
+    """
+    points = read_landmarks(landmarks)
+    lacking = [key for key in faces.keys if key not in points]
+    if lacking:
+        raise DataError(
+            f"--landmarks {landmarks} lacks {len(lacking)} of {len(faces.keys)} images, such as {lacking[0]!r}; its "
+            f"names are like {next(iter(points))!r}."
+        )
+    return _AlignedFaces(faces, points)
+
+
+def shard_of_rows(faces: FaceSet) -> Sequence[int] | None:
+    """(N,) number of the shard that holds each face; None where there are no shards."""
+    return faces.shards if isinstance(faces, _ShardFaces) else None
+
+
+def _is_flat(folder: Path) -> bool:
+    entries = list(folder.iterdir())
+    has_images = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries)
+    return has_images and not any(entry.is_dir() for entry in entries) and detect_format(folder) == "folder"
+
+
+class ImageFolder:
+    """The image files below a folder; keys are paths relative to it, identities the names of their folders."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder of images.")
+        self._folder = folder
+        paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.keys: Sequence[str] = sorted(path.relative_to(folder).as_posix() for path in paths)
+        self.identities: Sequence[str] = [key.rpartition("/")[0].rpartition("/")[2] for key in self.keys]
+        if not self.keys:
+            raise DataError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Pixels of one image."""
+        path = self._folder / self.keys[index]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        return decode_rgb(data, name=str(path))
+
+
+class _AlignedFaces:
+    def __init__(self, faces: FaceSet, points: Mapping[str, Sequence[float]]) -> None:
+        self._faces, self._points = faces, points
+        self.keys, self.identities = faces.keys, faces.identities
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return align_face(self._faces.read(index), self._points[self.keys[index]])
 
 
 class _SourceFaces:
-    def __init__(self, path: Path, options: SourceOptions | None) -> None:
+    def __init__(self, path: Path, options: SourceOptions | None, *, align: bool) -> None:
         self._source = open_source(path, options)
         self._table = read_table([path], options)
+        self._align = align
         rows = range(len(self._table))
         self.keys: Sequence[str] = [self._table.key(row) for row in rows]
         self.identities: Sequence[str] = [self._table.identities[i] for i in self._table.identity]
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        return decode_rgb(self._source.read(self._table.entry(index)[1]), name=self.keys[index])
+        _, entry = self._table.entry(index)
+        pixels = decode_rgb(self._source.read(entry), name=self.keys[index])
+        if not self._align:
+            return pixels
+        if entry.landmarks is None:
+            raise DataError(f"{self.keys[index]}: its list tells no landmarks to align it by.")
+        return align_face(pixels, entry.landmarks)
 
 
 class _ShardFaces:
     def __init__(self, directory: Path) -> None:
         self._dataset = ShardDataset(directory, image_size=112)
         names = [identity.name for identity in read_identities(directory)]
-        rows = [
-            (names[self._dataset.read(sample)[1]], self._dataset.member_name(sample), sample)
-            for sample in range(self._dataset.num_samples)
-        ]
-        rows.sort()
-        self.identities: Sequence[str] = [row[0] for row in rows]
-        self.keys: Sequence[str] = [row[1] for row in rows]
-        self._samples = [row[2] for row in rows]
+        self.identities: Sequence[str] = [names[label] for label in self._dataset.labels().tolist()]
+        self.keys: Sequence[str] = [self._dataset.member_name(i) for i in range(self._dataset.num_samples)]
+        sizes = [shard.samples for shard in self._dataset.manifest.shards]
+        self.shards: Sequence[int] = np.repeat(np.arange(len(sizes)), sizes).tolist()
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        return decode_rgb(self._dataset.read(self._samples[index])[0], name=self.keys[index])
+        return decode_rgb(self._dataset.read(index)[0], name=self.keys[index])

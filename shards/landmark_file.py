@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def read_landmarks(path: Path) -> dict[str, list[float]]:
 
     Args:
         path: `.json` with {"identity/image.jpg": [[x, y], ...]} (or ten numbers), or CSV lines
-            `identity/image.jpg,x1,y1,...,x5,y5` with or without a header.
+            `identity/image.jpg,x1,y1,...,x5,y5` with or without a header, or lines `image.jpg x1 y1 ... x5 y5 [score]`
+            apart by blanks in a `.txt`, as IJB-B and IJB-C have them.
 
     Returns:
         Key of the image -> ten finite numbers.
@@ -31,7 +33,12 @@ def read_landmarks(path: Path) -> dict[str, list[float]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--landmarks {path} cannot be read: {error}.") from error
-    found = _from_json(path, text) if path.suffix.lower() == ".json" else _from_csv(path, text)
+    if path.suffix.lower() == ".json":
+        found = _from_json(path, text)
+    elif path.suffix.lower() == ".txt" and "," not in text.partition("\n")[0]:
+        found = _from_rows(path, ((row[:11] if len(row) == 12 else row) for row in map(str.split, text.splitlines())))
+    else:
+        found = _from_rows(path, csv.reader(text.splitlines()))
     if not found:
         raise DataError(f"--landmarks {path} holds no landmarks; each line is {_SHAPE}.")
     return found
@@ -49,9 +56,9 @@ def _from_json(path: Path, text: str) -> dict[str, list[float]]:
     return {key: _ten(points, f"--landmarks {path}, {key!r}") for key, points in values.items()}
 
 
-def _from_csv(path: Path, text: str) -> dict[str, list[float]]:
+def _from_rows(path: Path, rows: Iterable[list[str]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
+    for number, row in enumerate(rows, start=1):
         if not row or (number == 1 and len(row) == 11 and not _is_number(row[1])):
             continue
         where = f"--landmarks {path}, line {number}"

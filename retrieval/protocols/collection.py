@@ -1,7 +1,6 @@
-"""The images that a protocol names: in a folder of any depth, or already embedded."""
+"""The images that a protocol names: to be embedded, or already embedded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,14 +8,12 @@ from numpy.typing import NDArray
 
 from aroface.align import align_face
 from aroface.errors import DataError
-from aroface.images import decode_rgb
 from aroface.types import Embedder, FaceSet
 from retrieval.embeddings import EmbeddingSet
 from retrieval.extraction import FlipMode, embed_face_set
 
-__all__ = ["Collection", "EmbeddedCollection", "ImageCollection", "ImageFolder", "by_stem", "natural_embeddings"]
+__all__ = ["Collection", "EmbeddedCollection", "ImageCollection", "by_stem", "natural_embeddings"]
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _CHUNK = 4096
 _NAMED = 3
 
@@ -39,29 +36,6 @@ class Collection(Protocol):
     ) -> Iterator[tuple[NDArray[np.int64], EmbeddingSet]]:
         """(rows of `keys`, their embeddings) in the given order; rows that are missing are marked fte."""
         ...
-
-
-class ImageFolder:
-    """The image files below a folder as an `aroface.types.FaceSet`; keys are paths relative to it."""
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise DataError(f"{folder} is no folder of images.")
-        self._folder = folder
-        paths = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-        self.keys: Sequence[str] = sorted(path.relative_to(folder).as_posix() for path in paths)
-        self.identities: Sequence[str] = [key.rpartition("/")[0].rpartition("/")[2] for key in self.keys]
-        if not self.keys:
-            raise DataError(f"{folder} holds no images ({' '.join(sorted(_SUFFIXES))}).")
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """Pixels of one image."""
-        path = self._folder / self.keys[index]
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-        return decode_rgb(data, name=str(path))
 
 
 class _Chosen:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from scipy.io import savemat
 
-from retrieval.embeddings import EmbeddingSet, write_embeddings
+from retrieval.embedding_files import write_embeddings
+from retrieval.embeddings import EmbeddingSet
 
 DIM = 24
 CONTRACT = {"image_size": 112, "colour_order": "rgb", "mean": 127.5, "std": 127.5, "template": "arcface_112"}

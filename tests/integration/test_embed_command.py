@@ -1,14 +1,17 @@
+import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
-from aroface.images import encode_jpeg
-from aroface.inference import load_model
+from aroface.contract import ARCFACE_TEMPLATE_112
+from aroface.images import encode_jpeg, resize_face
+from aroface.inference import load_embedder, load_model
 from export.parity import synthetic_faces
 from export.to_onnx import export_onnx
 from launch.cli import main
-from retrieval.embeddings import read_embeddings
+from retrieval.embedding_files import read_embeddings
 from tests.helpers.checkpoints import IMAGE_SIZE, write_checkpoint
 
 
@@ -73,8 +76,7 @@ def test_flip_sum_on_onnx_equals_the_checkpoint(place: Path, tmp_path: Path) -> 
         ("faces", (), "holds no whole checkpoint"),
         ("faces/person1/1.jpg", (), "is not a model that can be run"),
         ("model.onnx", ("--precision", "bf16"), "is for checkpoints"),
-        ("run", ("--batch", "0"), "--batch 0 is out of range"),
-        ("run", ("--decode-threads", "-1"), "--decode-threads -1 is out of range"),
+        ("run", ("--processes", "2"), "needs a folder for --out"),
     ],
 )
 def test_bad_input_gets_one_message_and_code_2(
@@ -86,3 +88,65 @@ def test_bad_input_gets_one_message_and_code_2(
     assert message in error
     assert "Traceback" not in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--processes", "2")])
+def test_a_folder_of_parts_equals_the_file(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    whole = _embed(place, tmp_path / "all.npz", "run", "--flip", "sum")
+    arguments = ["embed", str(place / "run"), str(place / "faces"), "--out", str(tmp_path / "parts"), "--flip", "sum"]
+    arguments += ["--threads", "1", "--images-per-part", "4", *options]
+    assert main(arguments) == 0
+    assert "6 images, D = 16, 1 not enrolled" in capfd.readouterr().out
+    parts = read_embeddings(tmp_path / "parts")
+    np.testing.assert_allclose(parts.embeddings, whole["embeddings"], rtol=1e-5, atol=1e-5)
+    for column in ("keys", "subject_ids", "fte"):
+        np.testing.assert_array_equal(getattr(parts, column), whole[column])
+    assert main(arguments) == 0
+    assert main([*arguments, "--take", "first"]) == 2
+    assert "holds another extraction" in capfd.readouterr().err
+
+
+def test_shards_have_a_part_each_and_an_evaluation_reads_the_folder(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces" / "a").mkdir(parents=True)
+    for number, face in enumerate(synthetic_faces(40, seed=7)[:6]):
+        path = tmp_path / "faces" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode_jpeg(face))
+    assert main(["pack", str(tmp_path / "faces"), str(tmp_path / "shards"), "--samples-per-shard", "4"]) == 0
+    embed = ["embed", str(place / "run"), "--threads", "1"]
+    assert main([*embed, str(tmp_path / "shards"), "--out", str(tmp_path / "parts")]) == 0
+    assert main([*embed, str(tmp_path / "faces"), "--out", str(tmp_path / "all.npz")]) == 0
+    assert sorted(path.name for path in (tmp_path / "parts" / "parts").iterdir()) == [
+        "part-00000.npz",
+        "part-00001.npz",
+    ]
+    results = []
+    for name in ("parts", "all.npz"):
+        out = tmp_path / f"{name}.json"
+        command = ["evaluate", "identification", "--gallery", str(tmp_path / name), "--probes", str(tmp_path / name)]
+        assert main([*command, "--out", str(out)]) == 0
+        results.append(json.loads(out.read_text())["metrics"]["rank_1"]["value"])
+    assert results[0] == results[1]
+
+
+def test_a_flat_folder_is_aligned_by_the_landmarks_of_ijb(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "crops").mkdir()
+    faces = synthetic_faces(112, seed=9)[:2]
+    lines = []
+    template = np.asarray(ARCFACE_TEMPLATE_112)  # a face there is aligned by a shift alone
+    for number, face in enumerate(faces):
+        canvas = np.zeros((140, 140, 3), np.uint8)
+        canvas[20:132, 10:122] = face
+        assert cv2.imwrite(str(tmp_path / "crops" / f"{number}.png"), canvas[..., ::-1])
+        points = " ".join(f"{x + 10:.4f} {y + 20:.4f}" for x, y in template)
+        lines.append(f"{number}.png {points} 0.99\n")
+    (tmp_path / "points.txt").write_text("".join(lines))
+    command = ["embed", str(place / "run"), str(tmp_path / "crops"), "--out", str(tmp_path / "e.npz")]
+    assert main([*command, "--landmarks", str(tmp_path / "points.txt")]) == 0
+    found = read_embeddings(tmp_path / "e.npz")
+    expected = load_embedder(place / "run").embed(np.stack([resize_face(face, IMAGE_SIZE) for face in faces]))
+    np.testing.assert_allclose(found.embeddings, expected, rtol=1e-3, atol=1e-3)
+    (tmp_path / "points.txt").write_text(lines[0])
+    assert main([*command, "--landmarks", str(tmp_path / "points.txt")]) == 2

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from aroface.errors import DataError
 from launch.cli import main
 from retrieval.baselines import PixelEmbedder
-from retrieval.embeddings import EmbeddingSet, write_embeddings
+from retrieval.embedding_files import write_embeddings
+from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics import evaluate_verification, search_gallery
 from retrieval.protocols.fae import SWEEPS, FaeSettings, evaluate_fae
 from retrieval.protocols.fae import num_forward_images as fae_images

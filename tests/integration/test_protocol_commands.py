@@ -9,7 +9,8 @@ import pytest
 
 from aroface.images import encode_jpeg
 from launch.cli import main
-from retrieval.embeddings import EmbeddingSet, write_embeddings
+from retrieval.embedding_files import write_embeddings
+from retrieval.embeddings import EmbeddingSet
 from tests.helpers.protocol_sets import (
     embeddings_of,
     write_ijb,

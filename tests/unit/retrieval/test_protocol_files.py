@@ -10,7 +10,7 @@ from scipy.io import savemat
 
 from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
-from retrieval.protocols.collection import EmbeddedCollection, ImageFolder, natural_embeddings
+from retrieval.protocols.collection import EmbeddedCollection, natural_embeddings
 from retrieval.protocols.ijb import (
     IjbPairs,
     read_ijb_pairs,
@@ -22,6 +22,7 @@ from retrieval.protocols.ijbs import read_ijbs
 from retrieval.protocols.lfw_pairs import is_list_of_files, read_file_pairs, read_lfw_pairs
 from retrieval.protocols.scface import find_scface
 from retrieval.protocols.tinyface import COUNTS, read_tinyface_lists
+from shards.faces import ImageFolder
 from tests.helpers.protocol_sets import cells, write_ijb, write_ijbs, write_tinyface
 
 REAL = Path(__file__).parents[4] / "shared" / "protocols"

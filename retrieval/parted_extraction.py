@@ -1,0 +1,168 @@
+"""A large set embedded in parts, by any number of processes that share a folder and nothing else.
+
+    DIR/job.json               what is embedded, by what: every process must mean the same
+    DIR/parts/part-NNNNN.npz   finished parts
+    DIR/parts/part-NNNNN.lock  held by the process that works on the part; the system frees it when the process ends
+    DIR/index.json             written last: the set is whole
+
+Whoever is free takes the next part that nobody works on, so uneven work and slow machines balance, and a process that
+is killed loses the part in hand only. A part is written whole or not at all.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aroface.errors import DataError
+from aroface.files import read_json, write_json
+from retrieval.embedding_files import INDEX_NAME, write_embeddings, write_index
+from retrieval.embeddings import EmbeddingSet
+
+__all__ = ["PartedExtraction", "part_bounds"]
+
+_JOB_NAME = "job.json"
+_PARTS = "parts"
+_POLL_S = 0.5
+
+
+def part_bounds(num_rows: int, *, images_per_part: int, groups: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """[start, stop) of every part: at most `images_per_part` rows, never across two groups (such as shards)."""
+    bounds: list[tuple[int, int]] = []
+    for row in range(num_rows):
+        is_new_group = row > 0 and groups is not None and groups[row] != groups[row - 1]
+        if not bounds or is_new_group or row - bounds[-1][0] >= images_per_part:
+            bounds.append((row, row + 1))
+        else:
+            bounds[-1] = (bounds[-1][0], row + 1)
+    return bounds
+
+
+class PartedExtraction:
+    """The shared state of one extraction, as one process sees it.
+
+    Args:
+        folder: empty, new, or of the same extraction, which goes on.
+        description: model, settings and images in words that `json` can hold.
+        keys: names of all images, in order.
+        bounds: [start, stop) rows of every part, see `part_bounds`.
+
+    Raises:
+        DataError: the folder holds something else, or an extraction of other images or with another model.
+    """
+
+    def __init__(
+        self, folder: Path, *, description: Mapping[str, Any], keys: Sequence[str], bounds: Sequence[tuple[int, int]]
+    ) -> None:
+        self._folder = folder
+        self._bounds = list(bounds)
+        job = {
+            **description,
+            "images_sha256": hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest(),
+            "bounds": [list(bound) for bound in bounds],
+        }
+        self._job: dict[str, Any] = json.loads(json.dumps(job))
+        self._join()
+
+    def _join(self) -> None:
+        path = self._folder / _JOB_NAME
+        if self._folder.exists() and not self._folder.is_dir():
+            raise DataError(f"--out {self._folder} is a file; name a folder, or end it in .npz.")
+        if not path.is_file():
+            strangers = [entry.name for entry in self._folder.glob("[!.]*") if entry.name not in (_JOB_NAME, _PARTS)]
+            if strangers:
+                raise DataError(f"{self._folder} holds {strangers[0]} and no {_JOB_NAME}; name an empty folder.")
+        (self._folder / _PARTS).mkdir(parents=True, exist_ok=True)
+        while not path.is_file():
+            with _lock(self._folder / _PARTS / "job.lock") as is_mine:
+                if is_mine and not path.is_file():
+                    write_json(path, self._job)
+        found = read_json(path)
+        differing = [key for key in (*self._job, *found) if found.get(key) != self._job.get(key)]
+        if differing:
+            key = differing[0]
+            raise DataError(
+                f"{self._folder} holds another extraction: {key} is {_short(found.get(key))} there and "
+                f"{_short(self._job.get(key))} here. Name another folder, or remove that one."
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the index is there."""
+        return (self._folder / INDEX_NAME).is_file()
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of the parts that are finished, by any process."""
+        return sum(stop - start for number, (start, stop) in enumerate(self._bounds) if self._path(number).is_file())
+
+    def work(self, embed: Callable[[int, int], EmbeddingSet], *, on_idle: Callable[[], None] = lambda: None) -> int:
+        """Embed parts until all are there, then write the index.
+
+        Args:
+            embed: (start, stop) -> the rows of that part.
+            on_idle: called now and then while other processes finish theirs.
+
+        Returns:
+            Parts that this process made.
+        """
+        made = 0
+        while not self.is_complete:
+            missing = [number for number in range(len(self._bounds)) if not self._path(number).is_file()]
+            made_now = sum(self._try(number, embed) for number in missing)
+            made += made_now
+            if not missing:
+                self._finish()
+            if not made_now and not self.is_complete:
+                on_idle()
+                time.sleep(_POLL_S)
+        return made
+
+    def _try(self, number: int, embed: Callable[[int, int], EmbeddingSet]) -> int:
+        """Make one part unless another process is at it or has finished it; how many parts were made."""
+        with _lock(self._path(number).with_suffix(".lock")) as is_mine:
+            if not is_mine or self._path(number).is_file():
+                return 0
+            write_embeddings(self._path(number), embed(*self._bounds[number]))
+            return 1
+
+    def _finish(self) -> None:
+        """Write the index, unless another process is about to."""
+        with _lock(self._folder / _PARTS / "index.lock") as is_mine:
+            if not is_mine or self.is_complete:
+                return
+            write_index(self._folder, [f"{_PARTS}/{self._path(number).name}" for number in range(len(self._bounds))])
+            for left_over in [*(self._folder / _PARTS).glob("*.lock"), *(self._folder / _PARTS).glob(".*.tmp")]:
+                left_over.unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / _PARTS / f"part-{number:05d}.npz"
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Whether this process holds the lock meanwhile; the system frees it when a process is killed."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be locked ({error.strerror}): the file system has no locks. Write to another one."
+            ) from error
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
