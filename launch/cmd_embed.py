@@ -108,7 +108,7 @@ class _Job:
         from retrieval.extraction import select_images
         from shards.faces import align_faces, open_face_set
 
-        faces: FaceSet = open_face_set(args.images, align=args.align)
+        faces: FaceSet = open_face_set(args.images, align=args.align, as_stored=args.out.suffix != ".npz")
         self.faces = faces if args.landmarks is None else align_faces(faces, args.landmarks)
         self.unaligned = faces
         self.embedder: Embedder = open_embedder(

@@ -20,19 +20,22 @@ from shards.sources.base import IMAGE_SUFFIXES
 __all__ = ["ImageFolder", "align_faces", "open_face_set", "shard_of_rows"]
 
 
-def open_face_set(path: Path, *, options: SourceOptions | None = None, align: bool = False) -> FaceSet:
-    """Faces of a shard directory as they are stored; else of any layout, sorted by identity and name.
+def open_face_set(
+    path: Path, *, options: SourceOptions | None = None, align: bool = False, as_stored: bool = False
+) -> FaceSet:
+    """Faces of a shard directory or of any layout, sorted by identity and name, so that all give one order.
 
     Args:
         path: shards, a source of any layout, or one folder of images without identities.
         options: of the layout.
         align: crop each image by the landmarks that its list tells.
+        as_stored: leave the faces of shards in the order of the shards, which reads them one after the other.
 
     Raises:
         DataError: nothing there, or of no known layout.
     """
     if path.is_dir() and (path / MANIFEST_NAME).is_file():
-        return _ShardFaces(path)
+        return _ShardFaces(path, is_sorted=not as_stored)
     if path.is_dir() and options is None and _is_flat(path):
         return ImageFolder(path)
     return _SourceFaces(path, options, align=align)
@@ -121,13 +124,19 @@ class _SourceFaces:
 
 
 class _ShardFaces:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_sorted: bool) -> None:
         self._dataset = ShardDataset(directory, image_size=112)
         names = [identity.name for identity in read_identities(directory)]
-        self.identities: Sequence[str] = [names[label] for label in self._dataset.labels().tolist()]
-        self.keys: Sequence[str] = [self._dataset.member_name(i) for i in range(self._dataset.num_samples)]
+        identities = [names[label] for label in self._dataset.labels().tolist()]
+        keys = [self._dataset.member_name(sample) for sample in range(self._dataset.num_samples)]
         sizes = [shard.samples for shard in self._dataset.manifest.shards]
-        self.shards: Sequence[int] = np.repeat(np.arange(len(sizes)), sizes).tolist()
+        shards = np.repeat(np.arange(len(sizes)), sizes).tolist()
+        self._samples = list(range(len(keys)))
+        if is_sorted:
+            self._samples.sort(key=lambda sample: (identities[sample], keys[sample]))
+        self.identities: Sequence[str] = [identities[sample] for sample in self._samples]
+        self.keys: Sequence[str] = [keys[sample] for sample in self._samples]
+        self.shards: Sequence[int] = [shards[sample] for sample in self._samples]
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        return decode_rgb(self._dataset.read(index)[0], name=self.keys[index])
+        return decode_rgb(self._dataset.read(self._samples[index])[0], name=self.keys[index])
