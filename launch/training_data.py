@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aroface.config.schema import BlockOrder, DataConfig
+from aroface.config.data import BlockOrder, DataConfig
 from aroface.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from aroface.config.schema import OrderConfig, RandomOrder
+from aroface.config.data import OrderConfig, RandomOrder
 from aroface.errors import DataError
 from aroface.images import decode_rgb, resize_face
 from shards.manifest import Index, Manifest, manifest_fingerprint, read_identities, read_index, read_manifest

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from aroface.config.schema import BalancedOrder, BlockOrder, OrderConfig, RandomOrder, WeightedOrder
+from aroface.config.data import BalancedOrder, BlockOrder, OrderConfig, RandomOrder, WeightedOrder
 from aroface.errors import DataError
 from shards.permutation import key_of, mix, permute, permute_each
 

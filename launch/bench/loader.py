@@ -262,7 +262,7 @@ def _peak_of_packing(folder: Path, images: int) -> int:
 
 def _opening(report: Report, folder: Path, samples: int) -> None:
     """Time to open a shard directory whose tars are holes, in each order."""
-    from aroface.config.schema import BalancedOrder, BlockOrder, OrderConfig, RandomOrder, WeightedOrder
+    from aroface.config.data import BalancedOrder, BlockOrder, OrderConfig, RandomOrder, WeightedOrder
     from shards.dataset import ShardDataset
 
     logger.info("open: writing the indices of %d samples", samples)

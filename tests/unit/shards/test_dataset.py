@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aroface.config.schema import BalancedOrder, BlockOrder, OrderConfig, RandomOrder, WeightedOrder
+from aroface.config.data import BalancedOrder, BlockOrder, OrderConfig, RandomOrder, WeightedOrder
 from aroface.errors import DataError
 from shards.dataset import ShardDataset
 from shards.pack import PackOptions, pack

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aroface.config.schema import BlockOrder
+from aroface.config.data import BlockOrder
 from aroface.errors import DataError
 from shards.dataset import ShardDataset
 from shards.loader import in_background
