@@ -13,7 +13,8 @@ from pathlib import Path
 from aroface.config import TrainConfig, load_config
 from aroface.errors import DataError
 from aroface.files import atomic_path, new_directory
-from launch.quickstart import Stage, StageRecord, run_stages
+from launch.stages import Stage, StageRecord, run_stages
+from retrieval.protocols.lfw_pairs import pairs_beside
 from shards.faces import open_face_set
 
 _TEST_SHARE = 0.2
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     load_config(config, TrainConfig, args.overrides)  # a misspelt setting costs no packing
     out: Path = new_directory(args.out, what="Output folder")
     first_stages, train, train_list, test = _sets(args, out)
-    pairs = args.pairs or _pairs_beside(args.test)
+    pairs = args.pairs or (pairs_beside(args.test) if args.test else None)
     stages = [*first_stages, *_stages(out, config, args.overrides, train, train_list, test, pairs)]
     records = run_stages(stages, record_path=out / "run.json", say=lambda line: print(line, flush=True))
     print(_closing(records, out))
@@ -88,13 +89,6 @@ def _own_config(*, synthetic: bool) -> Path:
     return Path(
         str(files("launch") / "recipes" / ("quickstart_synthetic.yaml" if synthetic else "quickstart_faces.yaml"))
     )
-
-
-def _pairs_beside(test: Path | None) -> Path | None:
-    if test is None:
-        return None
-    beside = test.parent / f"{test.stem}_pairs.txt"
-    return beside if beside.is_file() else None
 
 
 def _sets(args: argparse.Namespace, out: Path) -> tuple[list[Stage], Path, Path | None, Path]:

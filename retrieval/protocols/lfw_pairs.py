@@ -22,6 +22,7 @@ __all__ = [
     "draw_pairs",
     "fold_accuracy",
     "is_list_of_files",
+    "pairs_beside",
     "read_file_pairs",
     "read_lfw_pairs",
 ]
@@ -207,3 +208,9 @@ def _sides(fields: list[str], place: str) -> list[tuple[str, int]]:
         case _:
             line = "\t".join(fields)
             raise DataError(f"{place}: {line!r} is neither `name i j` nor `name1 i name2 j`, tab separated.")
+
+
+def pairs_beside(faces: Path) -> Path | None:
+    """The list NAME_pairs.txt beside a face set NAME.zip, if there is one."""
+    beside = faces.parent / f"{faces.stem}_pairs.txt"
+    return beside if beside.is_file() else None

@@ -1,4 +1,4 @@
-"""The chain of public commands behind `aroface quickstart`: what each stage runs, and a record of what it took."""
+"""Chains of public commands, each in a process of its own, and a record of what they took."""
 
 import os
 import platform

@@ -1,0 +1,1 @@
+"""A controlled comparison of alignment attacks: many small trainings, one table."""
