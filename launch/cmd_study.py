@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(planned)} runs of {len(study.arms())} arms", flush=True)
     if not args.collect:
         shards = args.out / "shards"
-        stages = [Stage("Pack", ("pack", str(args.data), str(shards)))]
-        run_stages(stages, record_path=args.out / "pack.json", say=_say)
+        if not (shards / "manifest.json").is_file():  # written last, when every shard is whole
+            stages = [Stage("Pack", ("pack", str(args.data), str(shards)))]
+            run_stages(stages, record_path=args.out / "pack.json", say=_say)
         data = StudyData(shards, args.test, args.pairs or pairs_beside(args.test))
         run_study(study, data, args.out, jobs=args.jobs, say=_say)
     summary = summarise(study, args.out)
