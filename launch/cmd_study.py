@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of the study")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs side by side (%(default)s)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of each run (default: its share of idle cores)")
     parser.add_argument("--collect", action="store_true", help="only write the tables of what is finished")
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             stages = [Stage("Pack", ("pack", str(args.data), str(shards)))]
             run_stages(stages, record_path=args.out / "pack.json", say=_say)
         data = StudyData(shards, args.test, args.pairs or pairs_beside(args.test))
-        run_study(study, data, args.out, jobs=args.jobs, say=_say)
+        run_study(study, data, args.out, jobs=args.jobs, threads=args.threads, say=_say)
     summary = summarise(study, args.out)
     command = shlex.join(["aroface", *sys.argv[1:]])
     machine = hardware() | package_versions()

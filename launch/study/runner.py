@@ -1,6 +1,5 @@
 """Trains and evaluates the runs of a study, one process each, and goes on where it was stopped."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from launch.stages import Stage, StageFailedError, run_stages
 from launch.study.design import Study, StudyRun
+from launch.threads import free_cores
 
 __all__ = ["RESULTS", "StudyData", "is_finished", "run_directory", "run_study"]
 
@@ -27,21 +27,23 @@ class StudyData:
     pairs: Path | None  #: LFW-style list; None draws pairs from the test set
 
 
-def run_study(study: Study, data: StudyData, out: Path, *, jobs: int, say: Callable[[str], None]) -> None:
+def run_study(
+    study: Study, data: StudyData, out: Path, *, jobs: int, threads: int | None, say: Callable[[str], None]
+) -> None:
     """Run what is not done yet.
 
     Args:
         study: what to train.
         data: where the images are.
         out: directory of the study.
-        jobs: runs side by side; each has its share of the cores.
+        jobs: runs side by side.
+        threads: of each run; None takes its share of the cores that are idle when it starts.
         say: called with a line per command.
 
     Raises:
         StageFailedError: a command of a run failed; runs that were going on are finished first.
     """
     waiting = [run for run in study.runs() if not is_finished(out, run)]
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     failures: list[StageFailedError] = []
 
     def work(run: StudyRun) -> None:
@@ -49,7 +51,7 @@ def run_study(study: Study, data: StudyData, out: Path, *, jobs: int, say: Calla
             return
         directory = run_directory(out, run)
         directory.mkdir(parents=True, exist_ok=True)
-        stages = _stages(study, data, directory, run, threads)
+        stages = _stages(study, data, directory, run, threads or max(1, free_cores() // jobs))
         try:
             run_stages(stages, record_path=directory / "stages.json", say=say)
         except StageFailedError as error:
