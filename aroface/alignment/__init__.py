@@ -1,13 +1,16 @@
 """The method: find the small misalignment that hurts an image most, and train on it (ARoFace, arXiv:2407.14972)."""
 
-from aroface.alignment.attack import find_worst
+from aroface.alignment.attack import find_worst, worst_of_corners
 from aroface.alignment.bounds import project
+from aroface.alignment.delayed import DelayedAttack, alignment_gradient
 from aroface.alignment.realign import Realigned, frozen_statistics, realign
 from aroface.alignment.warp import Alignment, identity_alignment, landmark_displacement_px, warp
 
 __all__ = [
     "Alignment",
+    "DelayedAttack",
     "Realigned",
+    "alignment_gradient",
     "find_worst",
     "frozen_statistics",
     "identity_alignment",
@@ -15,4 +18,5 @@ __all__ = [
     "project",
     "realign",
     "warp",
+    "worst_of_corners",
 ]

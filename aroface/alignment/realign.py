@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aroface.alignment.attack import LossOf, find_worst, random_corner
+from aroface.alignment.attack import LossOf, find_worst, random_corner, worst_of_corners
 from aroface.alignment.warp import Alignment, identity_alignment, warp
 from aroface.config.schema import AlignmentConfig
 
@@ -30,6 +30,7 @@ def realign(
     loss_of: LossOf,
     generator: torch.Generator,
     fill: float = -1.0,
+    own_rows: slice = slice(None),
 ) -> Realigned:
     """Draw round(share x B) images, warp only these, and put them back in place.
 
@@ -39,10 +40,11 @@ def realign(
     Args:
         images: (B, 3, H, W) float, normalised.
         labels: (B,) class indices.
-        config: kind, share and attack.
-        loss_of: loss for the adversary; not called unless `kind` is adversarial.
+        config: kind, share and attack; `delayed` has a mix of its own, `DelayedAttack`.
+        loss_of: losses for the adversary; not called where there is none.
         generator: of the draw and the start; on the device of the images.
         fill: value outside the image.
+        own_rows: which of the losses belong to these images; on several ranks `loss_of` gives those of all ranks.
     """
     count = round(config.share * len(images))
     if config.kind == "none" or count == 0:
@@ -57,6 +59,17 @@ def realign(
             alignment = find_worst(
                 subset, labels[chosen], loss_of=loss_of, config=config, generator=generator, fill=fill
             )
+        case "best_of":
+            alignment = worst_of_corners(
+                subset,
+                labels[chosen],
+                losses_of=lambda warped, targets: loss_of(warped, targets)[own_rows],
+                config=config,
+                generator=generator,
+                fill=fill,
+            )
+        case "delayed":
+            raise ValueError("the delayed attack keeps images between steps; use DelayedAttack")
     with torch.no_grad():
         mixed = images.index_copy(0, chosen, warp(subset, alignment, fill=fill))
     return Realigned(mixed, chosen, alignment)

@@ -1,22 +1,38 @@
 """Settings of the alignment attack."""
 
-from typing import Literal
+import math
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from aroface.config.section import Section
+from aroface.contract import ARCFACE_TEMPLATE_112
 
 __all__ = [
     "AlignmentConfig",
+    "AlignmentKind",
 ]
+
+AlignmentKind = Literal["none", "random", "adversarial", "delayed", "best_of"]
+
+#: Farthest landmark of the template from the centre, in half images.
+_FARTHEST_LANDMARK = max(math.hypot((2 * x + 1) / 112 - 1, (2 * y + 1) / 112 - 1) for x, y in ARCFACE_TEMPLATE_112)
 
 
 class AlignmentConfig(Section):
-    """Which images are re-aligned in each step, how, and how far."""
+    """Which images are re-aligned in each step, how, and how far.
 
-    kind: Literal["none", "random", "adversarial"]
+    One section for all kinds, so that `alignment.kind=none` or `=random` turns any run into its own control; settings
+    that a kind does not use are still checked.
+    """
+
+    kind: AlignmentKind = Field(
+        description="none; random: a random corner; adversarial: sign ascent; delayed: the direction comes from the "
+        "main pass of the step before; best_of: the worst of `candidates` random corners"
+    )
     share: float = Field(0.25, ge=0, le=1, description="p: share of each micro-batch that is warped")
-    steps: int = Field(1, ge=1, le=50, description="k: sign-ascent steps; ignored unless adversarial")
+    steps: int = Field(1, ge=1, le=50, description="k: sign-ascent steps (adversarial), random steps (random)")
+    candidates: int = Field(4, ge=1, le=16, description="n: corners that best_of tries, of the 16 there are")
     start_noise: float = Field(
         0.01, ge=0, description="standard deviation of the start around the identity, all parameters"
     )
@@ -34,3 +50,72 @@ class AlignmentConfig(Section):
     batch_statistics: Literal["batch", "running"] = Field(
         "batch", description="BatchNorm in the attack pass: of the attacked images, or the running averages"
     )
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.kind == "none":
+            return self
+        problems = [problem for problem in (*self._share_problems(), *self._bound_problems()) if problem]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _share_problems(self) -> list[str]:
+        problems = []
+        if self.share == 0:
+            problems.append(f"share = 0 leaves nothing for kind = {self.kind}; set kind: none, or a share above 0")
+        if self.kind == "delayed":
+            if self.share > 0.5:
+                problems.append(
+                    f"share = {self.share} cannot be delayed: every warped image was clean in the step before, so at "
+                    "most 0.5 can be warped; lower share, or use kind: adversarial"
+                )
+            if self.steps > 1:
+                problems.append(
+                    f"steps = {self.steps} cannot be delayed: the step before gave one gradient; set steps: 1, or use "
+                    "kind: adversarial"
+                )
+            if self.batch_statistics == "running":
+                problems.append(
+                    "batch_statistics = running cannot be delayed: the gradient is that of the main pass, which "
+                    "normalises by the batch; set batch_statistics: batch"
+                )
+        return problems
+
+    def _bound_problems(self) -> list[str]:
+        problems = []
+        for name, step, box in (
+            ("scale", self.scale_step, self.scale_box),
+            ("angle", self.angle_step_rad, self.angle_box_rad),
+            ("shift", self.shift_step, self.shift_box),
+        ):
+            unit = "_rad" if name == "angle" else ""
+            if step > box:
+                problems.append(
+                    f"{name}_step{unit} = {step} leaves {name}_box{unit} = {box} with the first step; lower the step "
+                    f"to at most {box}, or widen the box"
+                )
+            if self.start_noise >= box:
+                problems.append(
+                    f"start_noise = {self.start_noise} starts outside of {name}_box{unit} = {box}; lower start_noise, "
+                    "or widen the box"
+                )
+        if self.scale_step == self.angle_step_rad == self.shift_step == 0:
+            problems.append(
+                "scale_step, angle_step_rad and shift_step are all 0, so nothing but the start noise moves; set one "
+                "above 0, or kind: none"
+            )
+        budget = self.landmark_budget_px
+        if budget is not None and budget <= self.start_displacement_px:
+            problems.append(
+                f"landmark_budget_px = {budget} is used up by start_noise = {self.start_noise}, which moves the "
+                f"farthest landmark by {self.start_displacement_px:.2f} px (RMS) before the first step; raise "
+                "landmark_budget_px, or lower start_noise"
+            )
+        return problems
+
+    @property
+    def start_displacement_px(self) -> float:
+        """RMS distance that the start noise alone moves the farthest landmark, pixels of a 112-px face."""
+        # At radius r: r ds outwards, r dphi across, and the two shifts.
+        return 56 * self.start_noise * math.sqrt(2 * _FARTHEST_LANDMARK**2 + 2)

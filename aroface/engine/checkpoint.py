@@ -1,6 +1,7 @@
 """The state of a run into the canonical layout and back, at any number of ranks."""
 
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -27,6 +28,7 @@ from aroface.engine.checkpoint_layout import (
     read_state,
     start_checkpoint,
     step_directory,
+    task_file,
     write_state,
 )
 from aroface.engine.deepspeed_engine import BackboneEngine
@@ -38,11 +40,14 @@ __all__ = [
     "RunPosition",
     "load_backbone",
     "load_head",
+    "load_task_state",
     "load_weights",
     "restore_optimizers",
     "save_checkpoint",
     "versions",
 ]
+
+logger = logging.getLogger(__name__)
 
 _HEAD_STATISTICS = ("norm_mean", "norm_std")
 
@@ -91,14 +96,20 @@ def save_checkpoint(
     head: ShardedHead,
     head_optimizer: HeadSGD,
     fingerprint: str,
+    task_state: Mapping[str, Tensor],
 ) -> Path:
-    """Write one checkpoint; a collective. Returns its directory."""
+    """Write one checkpoint; a collective. Returns its directory.
+
+    `task_state` is what the task of this rank carries into its next step (`FaceTask.state_tensors`).
+    """
     temporary = run / f".step-{position.step:08d}.tmp"
     if head.rank == 0:
         start_checkpoint(run, position.step)
     barrier()
     weights, momentum = engine.weights(), engine.momentum()
     _save_head(temporary / head_file(head.rank, head.world_size), head, head_optimizer)
+    if task_state:
+        save_file(dict(task_state), temporary / task_file(head.rank, head.world_size))
     barrier()
     if head.rank == 0:
         save_file(weights, temporary / BACKBONE_FILE)
@@ -138,6 +149,21 @@ def _save_head(path: Path, head: ShardedHead, optimizer: HeadSGD) -> None:
     save_file(tensors, path, metadata=metadata)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def load_task_state(directory: Path, *, rank: int, world_size: int) -> dict[str, Tensor]:
+    """What the task of a rank carried out of the saved step; dropped with a log line at another number of ranks."""
+    path = directory / task_file(rank, world_size)
+    if path.is_file():
+        state: dict[str, Tensor] = load_file(path)
+        return state
+    if any(directory.glob("task-*.safetensors")):
+        logger.info(
+            "%s carries images of the delayed attack for another number of ranks; they are dropped, so the first step "
+            "after this resume warps nothing.",
+            directory,
+        )
+    return {}
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
         backbone.safetensors            state dict of the backbone, buffers included
         optimizer.safetensors           momentum of every trained backbone parameter, float32, whole
         head-RRRRR-of-NNNNN.safetensors class centres, their momentum, norm statistics; class range in the metadata
+        task-RRRRR-of-NNNNN.safetensors what a rank carries into its next step; only where there is something to carry
         state.json                      step, samples seen, configuration, contract, versions, fingerprint of the data
         COMPLETE                        written last: SHA-256 and length of each file
 
@@ -36,6 +37,7 @@ __all__ = [
     "resolve_checkpoint",
     "start_checkpoint",
     "step_directory",
+    "task_file",
     "verify_checkpoint",
     "write_state",
 ]
@@ -58,6 +60,11 @@ def step_directory(run: Path, step: int) -> Path:
 def head_file(rank: int, world_size: int) -> str:
     """File name of one rank's classes."""
     return f"head-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def task_file(rank: int, world_size: int) -> str:
+    """File name of what one rank's task carries into the next step."""
+    return f"task-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def start_checkpoint(run: Path, step: int) -> Path:

@@ -14,7 +14,13 @@ import torch
 
 from aroface.config.schema import TrainConfig
 from aroface.distributed import any_rank, barrier, rank, world_size
-from aroface.engine.checkpoint import RunPosition, load_backbone, restore_optimizers, save_checkpoint
+from aroface.engine.checkpoint import (
+    RunPosition,
+    load_backbone,
+    load_task_state,
+    restore_optimizers,
+    save_checkpoint,
+)
 from aroface.engine.deepspeed_engine import BackboneEngine, NonFiniteGradientError, start_distributed
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
 from aroface.engine.prefetch import on_device
@@ -104,6 +110,7 @@ class Trainer:
                 head_optimizer=self._head_optimizer,
                 fingerprint=self._data.fingerprint,
             )
+            self._task.load_state_tensors(load_task_state(directory, rank=self._rank, world_size=self._world))
             logger.info("Resumed from %s at step %d of %d.", directory, self.position.step, self.total_steps)
 
     def describe(self) -> str:
@@ -241,4 +248,5 @@ class Trainer:
             head=self._head,
             head_optimizer=self._head_optimizer,
             fingerprint=self._data.fingerprint,
+            task_state=self._task.state_tensors(),
         )

@@ -77,15 +77,17 @@ def test_zero_stages_agree_with_stage_0(tmp_path, shards, stage):
         torch.testing.assert_close(zero[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, shards):
+@pytest.mark.parametrize("kind", ["adversarial", "delayed"])
+def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, shards, kind):
     """At the same two ranks, with attack, augmentation, AdaFace statistics and bf16, running statistics included."""
-    assert train(tmp_path / "whole", shards) == [0, 0]
-    assert train(tmp_path / "halves", shards) == [0, 0]
+    settings = (f"alignment.kind={kind}", "alignment.share=0.25")
+    assert train(tmp_path / "whole", shards, *settings) == [0, 0]
+    assert train(tmp_path / "halves", shards, *settings) == [0, 0]
     last = tmp_path / "halves" / "step-00000009"
     for path in last.iterdir():
         path.unlink()
     last.rmdir()
-    assert train(tmp_path / "halves", shards) == [0, 0]
+    assert train(tmp_path / "halves", shards, *settings) == [0, 0]
     whole, halves = tensors(tmp_path / "whole" / "step-00000009"), tensors(last)
     assert {name for name in whole if not torch.equal(whole[name], halves[name])} == set()
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
@@ -103,3 +105,14 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(tmp_path, shards):
     assert train(tmp_path / "one", shards, *settings, options=step_5, ranks=1) == [0]
     state = json.loads((tmp_path / "one" / "step-00000009" / "state.json").read_text())
     assert (state["world_size"], state["samples_seen"]) == (1, 9 * 16)
+
+
+def test_carried_images_of_two_ranks_are_dropped_on_one(tmp_path, shards):
+    settings = ("alignment.kind=delayed", "schedule.epochs=2")
+    assert train(tmp_path / "run", shards, *settings) == [0, 0]
+    step_5 = tmp_path / "run" / "step-00000005"
+    assert len(list(step_5.glob("task-*-of-00002.safetensors"))) == 2
+    assert train(tmp_path / "one", shards, *settings, options=("--resume", str(step_5)), ranks=1) == [0]
+    assert [path.name for path in (tmp_path / "one" / "step-00000009").glob("task-*")] == [
+        "task-00000-of-00001.safetensors"
+    ]

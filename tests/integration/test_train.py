@@ -31,10 +31,11 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, drawn_shards, stage):
+@pytest.mark.parametrize(("stage", "kind"), [(0, "adversarial"), (1, "adversarial"), (1, "delayed"), (1, "best_of")])
+def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, drawn_shards, stage, kind):
     """Weights, momentum, norm statistics and losses, with attack, augmentation and accumulation on."""
-    settings = [f"engine.zero_stage={stage}", "schedule.epochs=2"]  # 9 steps of 16 images
+    # 9 steps of 16 images
+    settings = [f"engine.zero_stage={stage}", "schedule.epochs=2", f"alignment.kind={kind}"]
     assert train(tmp_path / "whole", drawn_shards, *settings) == 0
     assert train(tmp_path / "halves", drawn_shards, *settings) == 0
     last = tmp_path / "halves" / "step-00000009"
@@ -139,6 +140,9 @@ def test_check_builds_everything_and_trains_nothing(tmp_path, drawn_shards, caps
     [
         (["head.marginn=0.5"], "head.marginn is not a setting; did you mean margin?"),
         (["head.margin=3"], "head.margin = 3: input should be less than or equal to 1.57"),
+        (["alignment.kind=delayed", "alignment.share=0.6"], "at most 0.5 can be warped; lower share"),
+        (["alignment.share=0.01"], "of 8 images per rank and micro-batch is no image; raise alignment.share"),
+        (["alignment.share=0.1"], "is one image, which has no batch statistics; raise alignment.share"),
         (["data.shards=nowhere"], "nowhere is not a finished shard directory"),
         (["batch.micro_batch=5"], "batch.global_batch = 16 is not a multiple of batch.micro_batch = 5"),
         (["data.min_images_per_identity=100"], "leaves nothing"),

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from aroface.alignment import find_worst, frozen_statistics, landmark_displacement_px, project, realign, warp
+from aroface.alignment import (
+    find_worst,
+    frozen_statistics,
+    landmark_displacement_px,
+    project,
+    realign,
+    warp,
+    worst_of_corners,
+)
 from aroface.alignment.attack import random_corner
 from aroface.alignment.warp import Alignment
 from aroface.config.schema import AlignmentConfig
@@ -21,7 +29,7 @@ def generator(seed=0):
 
 
 class Centroid(nn.Module):
-    """A loss that is smooth in the warp: squared distance of soft moments from those of a target."""
+    """Losses that are smooth in the warp: squared distance of soft moments from those of a target, per image."""
 
     def forward(self, images, labels):
         weights = (images + 1).mean(1)
@@ -29,7 +37,7 @@ class Centroid(nn.Module):
         x = (weights * side).sum((1, 2)) / weights.sum((1, 2))
         y = (weights * side[:, None]).sum((1, 2)) / weights.sum((1, 2))
         spread = (weights * (side**2 + (side[:, None]) ** 2)).sum((1, 2)) / weights.sum((1, 2))
-        return ((x - 0.3) ** 2 + (y + 0.2) ** 2 + (spread - 0.3) ** 2).sum()
+        return (x - 0.3) ** 2 + (y + 0.2) ** 2 + (spread - 0.3) ** 2
 
 
 def blobs(count=24, size=32):
@@ -49,6 +57,7 @@ def test_bounds_hold_for_every_parameter_after_every_number_of_steps(steps, budg
     for psi in (
         find_worst(images, torch.zeros(24), loss_of=Centroid(), config=settings, generator=generator()),
         random_corner(200, settings, generator()),
+        worst_of_corners(images, torch.zeros(24), losses_of=Centroid(), config=settings, generator=generator()),
     ):
         assert ((psi.scale - 1).abs() <= 0.15 + 1e-6).all()
         assert (psi.angle_rad.abs() <= 0.12 + 1e-6).all()
@@ -71,29 +80,66 @@ def test_attack_hurts_more_than_random_and_at_most_as_the_worst_corner():
     labels = torch.zeros(24)
 
     def mean_loss(psi):
-        return float(loss(warp(images, psi, fill=-1.0), labels)) / len(images)
+        return float(loss(warp(images, psi, fill=-1.0), labels).mean())
 
     attacked = mean_loss(find_worst(images, labels, loss_of=loss, config=settings, generator=generator()))
     random = sum(mean_loss(random_corner(24, settings, generator(seed))) for seed in range(20)) / 20
-    corners = torch.tensor(list(itertools.product([-0.1, 0.1], repeat=4)))
-    worst = torch.stack(
-        [
-            torch.stack(
-                [
-                    loss(warp(images[i : i + 1], Alignment(1 + c[:1], c[1:2], c[None, 2:]), fill=-1.0), labels[:1])
-                    for c in corners
-                ]
-            ).max()
-            for i in range(24)
-        ]
-    ).mean()
+    worst = losses_of_all_corners(images, loss).amax(1).mean()
     assert attacked > 1.15 * random
     assert attacked <= float(worst) + 1e-6
 
 
+def losses_of_all_corners(images, loss):
+    """(n, 16), by a loop over the corners."""
+    columns = []
+    for s, a, x, y in itertools.product([-0.1, 0.1], repeat=4):
+        count = len(images)
+        psi = Alignment(torch.full((count,), 1 + s), torch.full((count,), a), torch.tensor([[x, y]] * count))
+        columns.append(loss(warp(images, psi, fill=-1.0), None))
+    return torch.stack(columns, 1)
+
+
+def test_best_of_all_corners_is_the_worst_corner_of_each_image():
+    images, loss = blobs(), Centroid()
+    settings = config("best_of", candidates=16, start_noise=0.0)
+    psi = worst_of_corners(images, torch.zeros(24), losses_of=loss, config=settings, generator=generator())
+    found = loss(warp(images, psi, fill=-1.0), None)
+    torch.testing.assert_close(found, losses_of_all_corners(images, loss).amax(1))
+
+
+def test_best_of_tries_different_corners_and_more_of_them_are_worse():
+    images, loss = blobs(), Centroid()
+    means = []
+    for candidates in (1, 4, 16):
+        settings, seen = config("best_of", candidates=candidates, start_noise=0.0), []
+
+        def losses_of(warped, labels, seen=seen):
+            seen.append(warped)
+            return loss(warped, labels)
+
+        psi = worst_of_corners(images, torch.zeros(24), losses_of=losses_of, config=settings, generator=generator())
+        assert len(seen) == candidates
+        assert all(len(torch.stack([warped[i] for warped in seen]).unique(dim=0)) == candidates for i in range(24))
+        means.append(float(loss(warp(images, psi, fill=-1.0), None).mean()))
+    assert means[0] < means[1] < means[2]
+
+
+def test_best_of_one_candidate_is_a_random_corner_in_distribution():
+    psi = worst_of_corners(
+        torch.zeros(4000, 1, 2, 2),
+        torch.zeros(4000),
+        losses_of=lambda x, y: x.mean((1, 2, 3)),
+        config=config("best_of", candidates=1, start_noise=0.0),
+        generator=generator(),
+    )
+    signs = torch.stack([psi.scale - 1, psi.angle_rad, *psi.shift.T]).sign()
+    codes = ((signs + 1) / 2 * torch.tensor([1, 2, 4, 8])[:, None]).sum(0).int()
+    assert codes.bincount(minlength=16).min() > 4000 / 16 * 0.7
+
+
 def test_batch_keeps_its_images_and_warps_the_exact_share():
     images = torch.randn(10, 3, 16, 16)
-    for share, expected in ((0.0, 0), (0.25, 2), (0.5, 5), (0.7, 7), (0.9, 9), (1.0, 10)):
+    for share, expected in ((0.04, 0), (0.25, 2), (0.5, 5), (0.7, 7), (0.9, 9), (1.0, 10)):
         result = realign(
             images, torch.zeros(10), config=config("random", share=share), loss_of=None, generator=generator()
         )
@@ -102,6 +148,20 @@ def test_batch_keeps_its_images_and_warps_the_exact_share():
         untouched = [i for i in range(10) if i not in result.chosen.tolist()]
         assert torch.equal(result.images[untouched], images[untouched])
         assert all(not torch.equal(result.images[i], images[i]) for i in result.chosen.tolist())
+
+
+def test_best_of_looks_at_the_losses_of_its_own_rank():
+    """The losses of all ranks come in rank order; those of the others must not choose our corners."""
+    images, loss = blobs(), Centroid()
+
+    def of_all_ranks(warped, labels):
+        return torch.cat([torch.rand(6) * 100, loss(warped, labels), torch.rand(6) * 100])
+
+    results = [
+        realign(images, torch.zeros(24), config=config("best_of"), loss_of=of, generator=generator(), own_rows=rows)
+        for of, rows in ((loss, slice(None)), (of_all_ranks, slice(6, 12)))
+    ]
+    assert torch.equal(results[0].images, results[1].images)
 
 
 def test_kind_none_returns_the_batch_itself():
