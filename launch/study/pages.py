@@ -89,8 +89,8 @@ def _panel(axes: Any, rows: list[Row], names: list[str], heads: list[str], refer
     axes.grid(True, axis="x", color=GRID, linewidth=0.7)
     offsets = (np.arange(len(heads)) - (len(heads) - 1) / 2) * 0.22
     for index, head in enumerate(heads):
-        found = {row.alignment: row.differences[reference] for row in rows if row.head == head and row.differences}
-        shown = [(place, found[name][metric]) for place, name in enumerate(names) if found.get(name)]
+        found = {row.alignment: row.differences.get(reference) for row in rows if row.head == head}
+        shown = [(place, differences[metric]) for place, name in enumerate(names) if (differences := found.get(name))]
         means = np.array([100 * difference.mean for _, difference in shown])
         errors = np.array([[100 * (d.mean - d.low), 100 * (d.high - d.mean)] for _, d in shown]).reshape(-1, 2).T
         axes.errorbar(
