@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="listed pairs whose images the set lacks that may be left out (%(default)s)",
     )
     parser.add_argument("--untrained", type=Path, metavar="RUN", help="also run this checkpoint with fresh weights")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the raw pixels")
     parser.add_argument("--sizes", type=counts, default=[40, 28, 20, 14], metavar="PX,..", help="sizes (40,28,20,14)")
     parser.add_argument(
         "--severity", type=float, default=0.5, metavar="0..1", help="of the alignment error (%(default)s)"
@@ -85,7 +86,8 @@ def _baselines(args: argparse.Namespace) -> "dict[str, Embedder]":
         from aroface.inference import TorchEmbedder, untrained_model
 
         found["untrained"] = TorchEmbedder(untrained_model(args.untrained), batch_size=args.batch)
-    found["pixels"] = PixelEmbedder()
+    if not args.no_baselines:
+        found["pixels"] = PixelEmbedder()
     return found
 
 

@@ -75,14 +75,14 @@ def is_finished(out: Path, run: StudyRun) -> bool:
 
 def _stages(study: Study, data: StudyData, directory: Path, run: StudyRun, threads: int) -> Sequence[Stage]:
     trained, config = directory / "train", study.config
-    common = ("--model", str(trained), "--faces", str(data.test), "--threads", str(threads))
+    common = ("--model", str(trained), "--faces", str(data.test), "--threads", str(threads), "--flip", "none")
     pairs = () if data.pairs is None else ("--pairs", str(data.pairs), "--max-missing-pairs", str(_MAX_MISSING_PAIRS))
     train = (
         *("train", str(study.base), f"data.shards={data.shards}", *run.overrides, f"engine.threads={threads}"),
         *("--run", str(trained)),
     )
     low_quality = (
-        *("evaluate", "lfw-lq", *common, *pairs, "--sizes", ",".join(map(str, config.sizes_px))),
+        *("evaluate", "lfw-lq", *common, *pairs, "--no-baselines", "--sizes", ",".join(map(str, config.sizes_px))),
         *("--out", str(directory / RESULTS["lfw-lq"])),
     )
     misaligned = (
