@@ -9,7 +9,6 @@ import yaml
 from scipy.stats import ttest_rel
 
 from aroface.errors import ConfigError
-from launch.cli import main
 from launch.study.design import load_study
 from launch.study.pages import draw, to_json, to_markdown
 from launch.study.runner import RESULTS, is_finished, run_directory
@@ -115,23 +114,3 @@ def test_wrong_studies_are_refused(tmp_path, change, message):
     (tmp_path / "faces-32px.yaml").write_text((STUDY.parent / "faces-32px.yaml").read_text(encoding="utf-8"))
     with pytest.raises(ConfigError, match=message):
         load_study(tmp_path / "study.yaml")
-
-
-@pytest.mark.slow
-def test_a_tiny_study_runs_and_goes_on(tmp_path, drawn_faces, capsys):
-    """Two arms and one seed; a second call finds everything done."""
-    values = yaml.safe_load(STUDY.read_text(encoding="utf-8")) | {"seeds": [0], "budgets": ["epochs"]}
-    values |= {"heads": {"arcface": values["heads"]["arcface"]}, "sizes_px": [14], "fae_probes": 4}
-    values["alignments"] = {name: values["alignments"][name] for name in ("none", "random")}
-    recipe = (STUDY.parent / "faces-32px.yaml").read_text(encoding="utf-8")
-    recipe = recipe.replace("epochs: 8", "epochs: 1").replace("global_batch: 128", "global_batch: 8")
-    (tmp_path / "faces-32px.yaml").write_text(recipe.replace("warmup_epochs: 1", "warmup_epochs: 0").replace("identity: 10", "identity: 2"))
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    out = tmp_path / "out"
-    command = ["study", str(tmp_path / "study.yaml"), "--data", str(drawn_faces), "--test", str(drawn_faces)]
-    assert main([*command, "--out", str(out)]) == 0
-    assert "2 of 2 finished" in (out / "study.md").read_text()
-    capsys.readouterr()
-    assert main([*command, "--out", str(out)]) == 0
-    assert "$ aroface" not in capsys.readouterr().out
-    assert {"study.json", "study.svg", "study.png"} <= {path.name for path in out.iterdir()}
