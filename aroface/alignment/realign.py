@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aroface.alignment.attack import LossOf, find_worst, random_corner, worst_of_corners
+from aroface.alignment.elastic import find_worst_elastic
 from aroface.alignment.warp import Alignment, identity_alignment, warp
 from aroface.config.schema import AlignmentConfig
 
@@ -19,6 +20,7 @@ class Realigned(NamedTuple):
 
     images: Tensor  #: (B, 3, H, W), every image once, in its place
     chosen: Tensor  #: (n,) int64 places of the warped images
+    clean: Tensor  #: (n, 3, H, W) the same images before
     alignment: Alignment  #: (n,) how they were warped
 
 
@@ -49,9 +51,9 @@ def realign(
     count = round(config.share * len(images))
     if config.kind == "none" or count == 0:
         nothing = torch.empty(0, dtype=torch.int64, device=images.device)
-        return Realigned(images, nothing, identity_alignment(0, device=images.device))
+        return Realigned(images, nothing, images[:0], identity_alignment(0, device=images.device))
     chosen = torch.randperm(len(images), generator=generator, device=generator.device)[:count]
-    subset = images[chosen]
+    subset, field = images[chosen], None
     match config.kind:
         case "random":
             alignment = random_corner(count, config, generator)
@@ -68,11 +70,15 @@ def realign(
                 generator=generator,
                 fill=fill,
             )
+        case "elastic":
+            alignment, field = find_worst_elastic(
+                subset, labels[chosen], loss_of=loss_of, config=config, generator=generator, fill=fill
+            )
         case "delayed":
             raise ValueError("the delayed attack keeps images between steps; use DelayedAttack")
     with torch.no_grad():
-        mixed = images.index_copy(0, chosen, warp(subset, alignment, fill=fill))
-    return Realigned(mixed, chosen, alignment)
+        mixed = images.index_copy(0, chosen, warp(subset, alignment, fill=fill, field=field))
+    return Realigned(mixed, chosen, subset, alignment)
 
 
 @contextmanager
