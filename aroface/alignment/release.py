@@ -18,7 +18,15 @@ from aroface.alignment.attack import LossOf
 from aroface.alignment.warp import Alignment
 from aroface.config.schema import AlignmentConfig
 
-__all__ = ["ReleaseDraws", "ReleaseMix", "draw_release", "release_counts", "release_mix", "release_warp"]
+__all__ = [
+    "ReleaseDraws",
+    "ReleaseMix",
+    "draw_release",
+    "release_attack",
+    "release_counts",
+    "release_mix",
+    "release_warp",
+]
 
 _ETA_SPREAD = 0.001
 #: How far scale, angle and shift may move from where they started; the upper end of the shift counts from the angle.
@@ -71,18 +79,10 @@ def release_warp(images: Tensor, alignment: Alignment) -> Tensor:
     return functional.grid_sample(padded, grid, padding_mode="border", align_corners=False)
 
 
-def release_mix(
+def release_attack(
     images: Tensor, labels: Tensor, *, loss_of: LossOf, config: AlignmentConfig, draws: ReleaseDraws
-) -> ReleaseMix:
-    """One step of the published attack.
-
-    Args:
-        images: (B, 3, H, W) float32, normalised.
-        labels: (B,) class indices.
-        loss_of: losses of the whole batch in training mode; it may update running statistics, as it does there.
-        config: steps and share; boxes and budget are those of the published code.
-        draws: of `draw_release`.
-    """
+) -> Alignment:
+    """Sign ascent of the published code on every image; arguments as `release_mix`."""
     start, psi = draws.start, draws.start
     eta_scale, eta_angle, eta_shift = draws.etas
     for _ in range(config.steps):
@@ -95,6 +95,22 @@ def release_mix(
             _clip(psi.angle_rad + eta_angle * angle, start.angle_rad - _ANGLE, start.angle_rad + _ANGLE),
             _clip(psi.shift + eta_shift * shift, start.shift - _SHIFT, start.angle_rad[:, None] + _SHIFT),
         )
+    return psi
+
+
+def release_mix(
+    images: Tensor, labels: Tensor, *, loss_of: LossOf, config: AlignmentConfig, draws: ReleaseDraws
+) -> ReleaseMix:
+    """One step of the published attack.
+
+    Args:
+        images: (B, 3, H, W) float32, normalised.
+        labels: (B,) class indices.
+        loss_of: losses of the whole batch in training mode; it may update running statistics, as it does there.
+        config: steps and share; boxes and budget are those of the published code.
+        draws: of `draw_release`.
+    """
+    psi = release_attack(images, labels, loss_of=loss_of, config=config, draws=draws)
     with torch.no_grad():
         warped = release_warp(images, psi)
     return ReleaseMix(
