@@ -27,6 +27,7 @@ def test_every_way_is_drawn(tmp_path, run, capsys):
     assert matplotlib.image.imread(out).shape[0] > 130 * (1 + len(WAYS))
 
 
+@pytest.mark.slow
 def test_strength_counts_from_clean_to_exact(tmp_path, run):
     out = tmp_path / "strength.json"
     assert main(["attack", str(run), "--strength", str(out), "--batches", "1", "--batch", "16"]) == 0
