@@ -103,7 +103,8 @@ def _measure(args: argparse.Namespace) -> None:
         )
     trained = open_run(args.run, shards=args.shards)
     settings = {
-        "run_config": trained.config.model_dump(mode="json"),
+        "run_config": trained.config.model_dump(mode="json", exclude={"data": {"shards", "cache"}}),
+        "training_images": trained.data.num_samples,
         "batches": args.batches,
         "batch": args.batch,
         "seed": args.seed,
