@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "packing, opening and reading shards, beside arcface_torch and webdataset",
     ),
     "protocols": ("launch.bench.protocols", "IJB-C, TinyFace and IJB-S at their real size, after embedding"),
+    "step": ("launch.bench.step", "a training step with each kind of attack, against the plain step"),
 }
 
 

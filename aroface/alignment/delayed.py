@@ -63,6 +63,7 @@ class Mixed(NamedTuple):
     images: Tensor  #: (B, 3, H, W)
     labels: Tensor  #: (B,)
     warped: Tensor  #: (n,) places of the warped images
+    clean: Tensor  #: (n, 3, H, W) the same images before
 
 
 class DelayedAttack:
@@ -92,14 +93,15 @@ class DelayedAttack:
         """
         carried = self._carried.get(micro_step % self._slots)
         if carried is None:
-            return Mixed(images, labels, torch.empty(0, dtype=torch.int64, device=images.device))
+            nothing = torch.empty(0, dtype=torch.int64, device=images.device)
+            return Mixed(images, labels, nothing, images[:0])
         count = len(carried.labels)
         places = torch.randperm(len(images), generator=generator, device=generator.device)[:count]
         psi = step_along(start_alignment(count, self._config, generator), carried.signs, self._config)
         with torch.no_grad():
             warped = warp(carried.images, psi, fill=self._fill)
             mixed = images.index_copy(0, places, warped.to(images.dtype))
-        return Mixed(mixed, labels.index_copy(0, places, carried.labels), places)
+        return Mixed(mixed, labels.index_copy(0, places, carried.labels), places, carried.images)
 
     def watch(self, batch: Mixed, *, micro_step: int, generator: torch.Generator) -> Tensor:
         """Choose the clean images to carry on, and take their directions when the backward pass gets to them.

@@ -51,17 +51,18 @@ def identity_alignment(
     )
 
 
-def warp(images: Tensor, alignment: Alignment, *, fill: float) -> Tensor:
+def warp(images: Tensor, alignment: Alignment, *, fill: float, field: Tensor | None = None) -> Tensor:
     """Resample each image under its similarity transform, bilinearly.
 
     Args:
         images: (B, 3, H, W) float.
         alignment: one transform per image; float32 or float64.
         fill: value of everything outside the image, in the units of `images`.
+        field: (B, H, W, 2) local displacement added to x_in, half images along x and y; None stands for zero.
 
     Returns:
-        (B, 3, H, W) of the dtype and memory layout of `images`, differentiable in images and alignment. An image whose
-        transform is exactly the identity comes back bit for bit.
+        (B, 3, H, W) of the dtype and memory layout of `images`, differentiable in images, alignment and field. An image
+        whose transform is exactly the identity comes back bit for bit.
 
     Raises:
         ShapeError: `images` is not 4-D, or the batch sizes differ.
@@ -76,9 +77,13 @@ def warp(images: Tensor, alignment: Alignment, *, fill: float) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         work = images.to(alignment.scale.dtype)
         grid = functional.affine_grid(alignment.as_matrix(), list(work.shape), align_corners=False)
+        if field is not None:
+            grid = grid + field
         # Zero padding of (image - fill) is a constant border of `fill`, blended over the last half pixel.
         warped = functional.grid_sample(work - fill, grid, padding_mode="zeros", align_corners=False) + fill
         is_identity = (alignment.scale == 1) & (alignment.angle_rad == 0) & (alignment.shift == 0).all(1)
+        if field is not None:
+            is_identity &= (field == 0).flatten(1).all(1)
         # The value of the untouched input with the gradient of the resampling.
         untouched = work.detach() + (warped - warped.detach())
         exact = torch.where(is_identity.view(-1, 1, 1, 1), untouched, warped)

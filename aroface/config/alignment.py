@@ -11,12 +11,38 @@ from aroface.contract import ARCFACE_TEMPLATE_112
 __all__ = [
     "AlignmentConfig",
     "AlignmentKind",
+    "ElasticConfig",
 ]
 
-AlignmentKind = Literal["none", "random", "adversarial", "delayed", "best_of"]
+AlignmentKind = Literal["none", "random", "adversarial", "delayed", "best_of", "elastic"]
 
 #: Farthest landmark of the template from the centre, in half images.
 _FARTHEST_LANDMARK = max(math.hypot((2 * x + 1) / 112 - 1, (2 * y + 1) / 112 - 1) for x, y in ARCFACE_TEMPLATE_112)
+
+#: A cubic B-spline lattice cannot fold while no component moves farther than this part of its spacing (Choi and Lee,
+#: "Injectivity conditions of 2D and 3D uniform cubic B-spline functions", 2000: 1 / 2.0464).
+_FOLD_FREE = 0.4886
+
+
+class ElasticConfig(Section):
+    """The local field of kind `elastic`, in pixels of a 112-px face."""
+
+    amplitude_px: float = Field(2.0, gt=0, le=20, description="no pixel moves farther than this along x or along y")
+    spacing_px: float = Field(28.0, ge=4, le=112, description="distance of the lattice points: smoothness of the field")
+    step_px: float = Field(1.5, gt=0, le=20, description="eta of each lattice point")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.amplitude_px > _FOLD_FREE * self.spacing_px:
+            raise ValueError(
+                f"amplitude_px = {self.amplitude_px} can fold a face whose lattice has spacing_px = {self.spacing_px}; "
+                f"lower amplitude_px to at most {_FOLD_FREE * self.spacing_px:.2f}, or widen spacing_px"
+            )
+        if self.step_px > self.amplitude_px:
+            raise ValueError(
+                f"step_px = {self.step_px} leaves amplitude_px = {self.amplitude_px} with the first step; lower step_px"
+            )
+        return self
 
 
 class AlignmentConfig(Section):
@@ -28,10 +54,11 @@ class AlignmentConfig(Section):
 
     kind: AlignmentKind = Field(
         description="none; random: a random corner; adversarial: sign ascent; delayed: the direction comes from the "
-        "main pass of the step before; best_of: the worst of `candidates` random corners"
+        "main pass of the step before; best_of: the worst of `candidates` random corners; elastic: sign ascent on a "
+        "local deformation as well"
     )
     share: float = Field(0.25, ge=0, le=1, description="p: share of each micro-batch that is warped")
-    steps: int = Field(1, ge=1, le=50, description="k: sign-ascent steps (adversarial), random steps (random)")
+    steps: int = Field(1, ge=1, le=50, description="k: sign-ascent steps, or random steps of kind random")
     candidates: int = Field(4, ge=1, le=16, description="n: corners that best_of tries, of the 16 there are")
     start_noise: float = Field(
         0.01, ge=0, description="standard deviation of the start around the identity, all parameters"
@@ -50,12 +77,19 @@ class AlignmentConfig(Section):
     batch_statistics: Literal["batch", "running"] = Field(
         "batch", description="BatchNorm in the attack pass: of the attacked images, or the running averages"
     )
+    elastic: ElasticConfig = Field(ElasticConfig(), description="local field; ignored unless kind: elastic")
+    consistency_weight: float = Field(
+        0.0, ge=0, description="weight of 1 - cosine between a warped image and its clean version; 0: no such term"
+    )
+    release_compat: bool = Field(
+        False, description="kind adversarial as the published code runs it, faults included (docs/alignment.md)"
+    )
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if self.kind == "none":
             return self
-        problems = [problem for problem in (*self._share_problems(), *self._bound_problems()) if problem]
+        problems = [*self._share_problems(), *self._bound_problems(), *self._release_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -80,6 +114,21 @@ class AlignmentConfig(Section):
                     "batch_statistics = running cannot be delayed: the gradient is that of the main pass, which "
                     "normalises by the batch; set batch_statistics: batch"
                 )
+        return problems
+
+    def _release_problems(self) -> list[str]:
+        if not self.release_compat:
+            return []
+        problems = []
+        if self.kind != "adversarial":
+            problems.append(f"release_compat = true has no kind: {self.kind}; set kind: adversarial")
+        for name, is_default, default in (
+            ("landmark_budget_px", self.landmark_budget_px is None, "null"),
+            ("batch_statistics", self.batch_statistics == "batch", "batch"),
+            ("consistency_weight", self.consistency_weight == 0, "0"),
+        ):
+            if not is_default:
+                problems.append(f"{name} is not in the published code; set {name}: {default}, or release_compat: false")
         return problems
 
     def _bound_problems(self) -> list[str]:

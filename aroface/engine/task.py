@@ -7,11 +7,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from aroface.alignment import DelayedAttack, frozen_statistics, realign
+from aroface.alignment import (
+    DelayedAttack,
+    draw_release,
+    frozen_statistics,
+    realign,
+    release_counts,
+    release_mix,
+)
+from aroface.alignment.delayed import Mixed
 from aroface.augment import augment
 from aroface.config.schema import TrainConfig
 from aroface.contract import InputContract
+from aroface.distributed import all_reduce
 from aroface.engine.deepspeed_engine import BackboneEngine
 from aroface.engine.schedule import accumulation_steps
 from aroface.engine.seeding import derive_generator
@@ -58,6 +68,7 @@ class FaceTask:
         self._device, self._rank = device, rank
         self._fill = (0.0 - self.contract.mean) / self.contract.std
         self._layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        self._nothing = torch.empty(0, dtype=torch.int64, device=device)
         accumulation = accumulation_steps(config, head.world_size)
         _check_share(config, config.batch.global_batch // (accumulation * head.world_size))
         self._delayed = (
@@ -78,9 +89,15 @@ class FaceTask:
         labels = batch.labels.to(self._device, non_blocking=True)
         images = augment(images, self.config.data.augment, self._generator("augment", micro_step))
         started = time.perf_counter()
-        images, labels = self._align(images, labels, step=step, micro_step=micro_step)
+        aligned = self._align(images, labels, step=step, micro_step=micro_step)
+        has_consistency = self.config.alignment.consistency_weight > 0 and len(aligned.warped) > 0
+        target = self._clean_embeddings(aligned.clean) if has_consistency else None
         attack_s = time.perf_counter() - started
-        return StepOutput(self.head(self.engine(images), labels, step=step), attack_s)
+        embeddings = self.engine(aligned.images)
+        loss = self.head(embeddings, aligned.labels, step=step)
+        if target is not None:
+            loss = loss + self._inconsistency(embeddings[aligned.warped], target)
+        return StepOutput(loss, attack_s)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What the next step needs beyond weights and position, on the CPU; empty but for the delayed attack."""
@@ -91,33 +108,64 @@ class FaceTask:
         if self._delayed and tensors:
             self._delayed.load_state_tensors(tensors, self._device)
 
-    def _align(self, images: Tensor, labels: Tensor, *, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+    def _align(self, images: Tensor, labels: Tensor, *, step: int, micro_step: int) -> Mixed:
         """The images and labels to train on, in the layout of the backbone."""
         config = self.config.alignment
         generator = self._generator("alignment", micro_step)
         if self._delayed:
             mixed = self._delayed.mix(images, labels, micro_step=micro_step, generator=generator)
             mixed = mixed._replace(images=mixed.images.contiguous(memory_format=self._layout))
-            return self._delayed.watch(mixed, micro_step=micro_step, generator=generator), mixed.labels
-        if config.kind != "none":
-            first = self._rank * round(config.share * len(images))
+            leaf = self._delayed.watch(mixed, micro_step=micro_step, generator=generator)
+            return mixed._replace(images=leaf)
+        if config.release_compat:
+            mixed = self._release_mix(images, labels, step=step, micro_step=micro_step)
+        elif config.kind == "none":
+            mixed = Mixed(images, labels, self._nothing, images[:0])
+        else:
+            count = round(config.share * len(images))
             with frozen_statistics(self.engine.module, config.batch_statistics):
-                images = realign(
+                realigned = realign(
                     images,
                     labels,
                     config=config,
                     loss_of=lambda warped, targets: self._adversary_losses(warped, targets, step),
                     generator=generator,
                     fill=self._fill,
-                    own_rows=slice(first, first + round(config.share * len(images))),
-                ).images
-        return images.contiguous(memory_format=self._layout), labels
+                    own_rows=slice(self._rank * count, (self._rank + 1) * count),
+                )
+            mixed = Mixed(realigned.images, labels, realigned.chosen, realigned.clean)
+        return mixed._replace(images=mixed.images.contiguous(memory_format=self._layout))
+
+    def _release_mix(self, images: Tensor, labels: Tensor, *, step: int, micro_step: int) -> Mixed:
+        """As the published code: training mode, other negatives than the main pass, the same draws on every rank."""
+        generator = derive_generator(self.config.seed, "alignment", step=micro_step, device=self._device)
+        images, labels = release_mix(
+            images,
+            labels,
+            loss_of=lambda warped, targets: self._adversary_losses(warped, targets, -1 - step),
+            config=self.config.alignment,
+            draws=draw_release(len(images), self.config.alignment, generator),
+        )
+        return Mixed(images, labels, self._nothing, images[:0])
+
+    def _clean_embeddings(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), frozen_statistics(self.engine.module, self.config.alignment.batch_statistics):
+            return self._embed(images).float()
+
+    def _inconsistency(self, warped: Tensor, clean: Tensor) -> Tensor:
+        """Weight x (1 - cosine), a mean over the warped images of all ranks with the gradient of this rank's."""
+        own = (1 - functional.cosine_similarity(warped.float(), clean)).mean()
+        mean = all_reduce(own.detach().clone()) / self.head.world_size
+        return self.config.alignment.consistency_weight * (own + (mean - own.detach()))
 
     def _adversary_losses(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """(N,) of the images of all ranks, in rank order."""
+        return self.head.losses(self._embed(images), labels, step=step, update_statistics=False)
+
+    def _embed(self, images: Tensor) -> Tensor:
         with self._autocast():
-            embeddings = self.engine.module(images.contiguous(memory_format=self._layout))
-        return self.head.losses(embeddings, labels, step=step, update_statistics=False)
+            embeddings: Tensor = self.engine.module(images.contiguous(memory_format=self._layout))
+        return embeddings
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.config.engine.precision == "bf16")
@@ -136,8 +184,15 @@ def _check_share(config: TrainConfig, micro_batch: int) -> None:
             f"alignment.share = {alignment.share} of {micro_batch} images per rank and micro-batch is no image; raise "
             "alignment.share or batch.micro_batch, or set alignment.kind: none."
         )
-    is_normalised_alone = alignment.kind in ("adversarial", "best_of") and alignment.batch_statistics == "batch"
-    if count == 1 and is_normalised_alone:
+    if alignment.release_compat and sum(release_counts(micro_batch, alignment.share)) != micro_batch:
+        clean, warped = release_counts(micro_batch, alignment.share)
+        raise ConfigError(
+            f"alignment.release_compat with alignment.share = {alignment.share} makes {clean} + {warped} of "
+            f"{micro_batch} images, where the published code stops as well; use a share of 0.25 or 0.5 and a batch "
+            "that it divides, or release_compat: false."
+        )
+    has_pass = alignment.kind in ("adversarial", "best_of", "elastic") or alignment.consistency_weight > 0
+    if count == 1 and has_pass and alignment.batch_statistics == "batch":
         raise ConfigError(
             f"alignment.share = {alignment.share} of {micro_batch} images per rank and micro-batch is one image, which "
             "has no batch statistics; raise alignment.share or batch.micro_batch, or set "

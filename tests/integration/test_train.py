@@ -52,6 +52,20 @@ def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, drawn_shards, s
     assert [line["step"] for line in rows[0]] == list(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("alignment.kind=elastic", "alignment.consistency_weight=0.5"),
+        ("alignment.kind=delayed", "alignment.consistency_weight=0.5"),
+        ("alignment.release_compat=true",),
+        ("alignment.batch_statistics=running", "alignment.steps=2", "alignment.landmark_budget_px=6.0"),
+    ],
+)
+def test_every_way_of_alignment_trains(tmp_path, drawn_shards, settings):
+    assert train(tmp_path / "run", drawn_shards, "schedule.epochs=0.8", *settings) == 0
+    assert len(metrics(tmp_path / "run")) == 4
+
+
 def test_training_lowers_the_loss(tmp_path, drawn_shards):
     assert train(tmp_path / "run", drawn_shards, "schedule.epochs=6", "alignment.kind=none", "head.margin=0.0") == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
@@ -141,6 +155,7 @@ def test_check_builds_everything_and_trains_nothing(tmp_path, drawn_shards, caps
         (["head.marginn=0.5"], "head.marginn is not a setting; did you mean margin?"),
         (["head.margin=3"], "head.margin = 3: input should be less than or equal to 1.57"),
         (["alignment.kind=delayed", "alignment.share=0.6"], "at most 0.5 can be warped; lower share"),
+        (["alignment.release_compat=true", "alignment.share=0.3"], "makes 5 + 2 of 8 images"),
         (["alignment.share=0.01"], "of 8 images per rank and micro-batch is no image; raise alignment.share"),
         (["alignment.share=0.1"], "is one image, which has no batch statistics; raise alignment.share"),
         (["data.shards=nowhere"], "nowhere is not a finished shard directory"),

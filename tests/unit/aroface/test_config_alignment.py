@@ -10,7 +10,7 @@ from aroface.config.schema import AlignmentConfig
 from aroface.errors import ConfigError
 
 
-@pytest.mark.parametrize("kind", ["none", "random", "adversarial", "delayed", "best_of"])
+@pytest.mark.parametrize("kind", ["none", "random", "adversarial", "delayed", "best_of", "elastic"])
 def test_the_defaults_of_every_kind_are_valid(kind):
     assert AlignmentConfig(kind=kind).share == 0.25
 
@@ -32,6 +32,20 @@ def test_the_defaults_of_every_kind_are_valid(kind):
         ),
         ({"kind": "adversarial", "landmark_budget_px": 0.9}, "raise landmark_budget_px, or lower start_noise"),
         ({"kind": "adversarial", "landmark_budget_px": float("nan")}, "finite number"),
+        (
+            {"kind": "random", "release_compat": True},
+            "release_compat = true has no kind: random; set kind: adversarial",
+        ),
+        (
+            {"kind": "adversarial", "release_compat": True, "landmark_budget_px": 8.0},
+            "landmark_budget_px is not in the published code; set landmark_budget_px: null",
+        ),
+        ({"kind": "elastic", "elastic": {"amplitude_px": 15.0, "step_px": 1.0}}, "lower amplitude_px to at most 13.68"),
+        ({"kind": "elastic", "elastic": {"amplitude_px": 1.0}}, "leaves amplitude_px = 1.0 with the first step"),
+        (
+            {"kind": "elastic", "elastic": {"spacing": 8.0}},
+            "elastic.spacing is not a setting; did you mean spacing_px?",
+        ),
         ({"kind": "adverserial"}, "input should be 'none', 'random', 'adversarial'"),
     ],
 )

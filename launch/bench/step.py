@@ -1,0 +1,264 @@
+"""One training step in every way of alignment, interleaved, against the plain step; and what a step is made of.
+
+The steps are those of the trainer (DeepSpeed, sharded head, optimisers included) on random images. All ways share one
+network and take turns, one step each; on CPU the figures are CPU time, on a GPU wall time. `published` is the attack of
+the published code inside our step (release_compat): whole batch attacked, training mode.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.bench.measure import Measurement, interleave
+from launch.bench.output import Report, measured
+
+if TYPE_CHECKING:
+    import torch
+
+    from aroface.config import TrainConfig
+    from aroface.types import Batch
+
+#: way -> what it changes in the section `alignment`
+_WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"kind": "none"},
+    "random": {"kind": "random"},
+    "adversarial": {"kind": "adversarial"},
+    "adversarial (running)": {"kind": "adversarial", "batch_statistics": "running"},
+    "delayed": {"kind": "delayed"},
+    "best_of 2": {"kind": "best_of", "candidates": 2},
+    "best_of 4": {"kind": "best_of", "candidates": 4},
+    "elastic": {"kind": "elastic"},
+    "published": {"kind": "adversarial", "release_compat": True},
+}
+_GOALS = {"adversarial": 1.20, "delayed": 1.06}
+_WARP_SHARE = 0.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--depth", type=int, default=18, metavar="N", help="of the iresnet (%(default)s)")
+    parser.add_argument("--image-size", type=int, default=112, metavar="PX", help="side of the images (%(default)s)")
+    parser.add_argument("--width", type=float, default=1.0, help="factor on the channels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, metavar="B", help="images of a step (%(default)s)")
+    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the head (%(default)s)")
+    parser.add_argument("--share", type=float, default=0.25, metavar="P", help="share that is warped (%(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(%(default)s)")
+    parser.add_argument(
+        "--contiguous", action="store_true", help="memory layout of the images (default: channels last)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="on CPU (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted steps of every way (%(default)s)")
+    parser.add_argument("--ways", default=",".join(_WAYS), metavar="A,B", help="comma-separated, of: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    import torch
+
+    bench = StepBench(args, [name.strip() for name in args.ways.split(",")])
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    report = Report("step", ("torch", "deepspeed"), settings | {"device": bench.device_name})
+    measurements = {m.name: m for m in interleave(bench.ways, rounds=args.rounds)}
+    uses_cpu_time = bench.device.type == "cpu"
+    unit = "CPU-ms per image" if uses_cpu_time else "ms per image"
+    report.details["steps"] = {name: measured(m) for name, m in measurements.items()}
+    for name, measurement in measurements.items():
+        report.add(f"{name}, step", 1000 * _median_s(measurement, uses_cpu_time) / args.batch, unit)
+    for name, measurement in measurements.items():
+        if name != "plain":
+            ratios = _ratios(measurement, measurements["plain"], uses_cpu_time)
+            report.details.setdefault("ratios", {})[name] = ratios
+            report.add(f"{name} / plain", statistics.median(ratios), "x", at_most=_GOALS.get(name))
+    parts = bench.parts(rounds=args.rounds)
+    whole = sum(seconds for name, seconds in parts.items() if name != "warp alone")
+    for name, seconds in parts.items():
+        goal = _WARP_SHARE * 100 if name == "warp alone" else None
+        report.add(f"part of an adversarial step: {name}", 100 * seconds / whole, "%", at_most=goal)
+    report.details["peak_memory_gib"] = (
+        torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
+    )
+    report.write(args.out)
+    return 0
+
+
+def _median_s(measurement: Measurement, uses_cpu_time: bool) -> float:
+    return measurement.cpu_s if uses_cpu_time else measurement.wall_s
+
+
+def _ratios(slower: Measurement, plain: Measurement, uses_cpu_time: bool) -> list[float]:
+    """Of every round, so that a busy neighbour counts on both sides."""
+    column = 1 if uses_cpu_time else 0
+    return [a[column] / b[column] for a, b in zip(slower.rounds, plain.rounds, strict=True)]
+
+
+class StepBench:
+    """One network and head, stepped in turn by tasks that differ in the section `alignment` alone."""
+
+    def __init__(self, args: argparse.Namespace, names: list[str]) -> None:
+        import torch
+
+        from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
+        from aroface.engine.task import FaceTask
+        from aroface.errors import ConfigError
+        from aroface.heads import HeadSGD, build_head
+        from aroface.models import build_backbone
+
+        unknown = [name for name in names if name not in _WAYS]
+        if unknown or "plain" not in names:
+            raise ConfigError(f"--ways {','.join(names)}: choose of {', '.join(_WAYS)}, with plain among them.")
+        self.device = start_distributed()
+        torch.set_num_threads(args.threads)
+        self._config = _config(args, {"kind": "adversarial"})
+        torch.manual_seed(0)
+        backbone = build_backbone(self._config.model).to(self.device)
+        self._engine = BackboneEngine(backbone, self._config, 1)
+        self._engine.train()
+        dim = self._config.model.embedding_dim
+        self._head = build_head(self._config.head, num_classes=args.classes, embedding_dim=dim, seed=0).to(self.device)
+        self._head_optimizer = HeadSGD(self._head, momentum=0.9, weight_decay=5e-4)
+        self._batch = _batch(args, self.device)
+        tasks = {
+            name: FaceTask(_config(args, _WAYS[name]), self._engine, self._head, device=self.device, rank=0)
+            for name in names
+        }
+        self._steps: dict[str, int] = defaultdict(int)
+        self.ways: Mapping[str, Callable[[], int]] = {
+            name: lambda name=name, task=task: self._step(name, task)  # type: ignore[misc]
+            for name, task in tasks.items()
+        }
+
+    @property
+    def device_name(self) -> str:
+        """`cpu`, or the name of the card."""
+        import torch
+
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def _step(self, name: str, task: Any) -> int:
+        step = self._steps[name]
+        self._steps[name] += 1
+        output = task(self._batch, step=step, micro_step=step)
+        self._engine.backward(output.loss)
+        self._update()
+        self._synchronise()
+        return len(self._batch.labels)
+
+    def _update(self) -> None:
+        self._engine.step(1e-4)
+        self._head_optimizer.step(1e-4)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def parts(self, *, rounds: int) -> dict[str, float]:
+        """Median seconds of the parts of an adversarial step; `warp alone` is contained in the attack."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for number in range(rounds + 1):
+            for name, seconds in self._parts_once(number).items():
+                if number:  # the first round warms up
+                    found[name].append(seconds)
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+    def _parts_once(self, number: int) -> dict[str, float]:
+        import torch
+
+        from aroface.alignment import frozen_statistics, realign, warp
+        from aroface.alignment.attack import random_corner
+        from aroface.augment import augment
+        from aroface.engine.seeding import derive_generator
+        from aroface.preprocess import normalise
+
+        config, engine, head = self._config, self._engine, self._head
+        layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        clock = _Clock(self._synchronise, uses_cpu_time=self.device.type == "cpu")
+        generator = derive_generator(0, "bench", step=number, device=self.device)
+        images = normalise(self._batch.images, _contract(config))
+        images = augment(images, config.data.augment, generator)
+        labels = self._batch.labels
+        clock.lap("normalise and augment")
+
+        def losses(warped: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+                embeddings = engine.module(warped.contiguous(memory_format=layout))
+            return head.losses(embeddings, targets, step=0, update_statistics=False)
+
+        with frozen_statistics(engine.module, "batch"):
+            aligned = realign(images, labels, config=config.alignment, loss_of=losses, generator=generator)
+        images = aligned.images.contiguous(memory_format=layout)
+        clock.lap("attack")
+        embeddings = engine(images)
+        clock.lap("forward")
+        loss = head(embeddings, labels, step=0)
+        clock.lap("head, forward")
+        engine.backward(loss)
+        clock.lap("backward")
+        self._update()
+        clock.lap("optimisers")
+        count = len(aligned.chosen)
+        psi = random_corner(count, config.alignment, generator)
+        clock.lap("")
+        with torch.no_grad():  # what `random` adds to a plain step: the share, drawn, warped and put back
+            images.index_copy(0, aligned.chosen, warp(images[aligned.chosen], psi, fill=-1.0))
+        clock.lap("warp alone")
+        return {name: seconds for name, seconds in clock.laps.items() if name}
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self, synchronise: Callable[[], None], *, uses_cpu_time: bool) -> None:
+        self._synchronise = synchronise
+        self._now = time.process_time if uses_cpu_time else time.perf_counter
+        self.laps: dict[str, float] = {}
+        synchronise()
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        """Note the time since the lap before."""
+        self._synchronise()
+        now = self._now()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _contract(config: "TrainConfig") -> Any:
+    from aroface.engine.task import contract_of
+
+    return contract_of(config)
+
+
+def _config(args: argparse.Namespace, alignment: Mapping[str, Any]) -> "TrainConfig":
+    from aroface.config import TrainConfig, parse_config
+
+    values = {
+        "seed": 0,
+        "model": {"kind": "iresnet", "depth": args.depth, "image_size": args.image_size, "width": args.width},
+        "head": {"kind": "arcface", "margin": 0.5},
+        "alignment": {"share": args.share, **alignment},
+        "data": {"shards": "unused", "colour_order": "rgb"},
+        "batch": {"global_batch": args.batch},
+        "optim": {},
+        "schedule": {"epochs": 1.0},
+        "engine": {"precision": args.precision, "channels_last": not args.contiguous, "threads": args.threads},
+    }
+    return parse_config(values, TrainConfig, name="the options")
+
+
+def _batch(args: argparse.Namespace, device: "torch.device") -> "Batch":
+    import torch
+
+    from aroface.types import Batch
+
+    generator = torch.Generator().manual_seed(0)
+    side = args.image_size
+    images = torch.randint(0, 256, (args.batch, side, side, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, args.classes, (args.batch,), generator=generator)
+    return Batch(images.to(device), labels.to(device), torch.arange(args.batch))
