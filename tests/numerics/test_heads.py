@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from aroface.config.head import HeadConfig
 from aroface.heads import HeadSGD, build_head
@@ -216,8 +216,3 @@ def test_accumulated_gradients_are_their_sum(name):
         optimizer.step(1.0)
         torch.testing.assert_close(before - head.weight.detach(), parts[1], rtol=1e-4, atol=1e-6)
         assert not torch.equal(parts[0], parts[1])
-
-
-def test_kind_needs_only_its_own_settings(name):
-    with pytest.raises(ValidationError):
-        make(name, no_such_setting=1)
