@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "launch.bench.loader",
         "packing, opening and reading shards, beside arcface_torch and webdataset",
     ),
+    "head": ("launch.bench.head", "the classifier, plain, chunked and sampled, beside arcface_torch"),
     "protocols": ("launch.bench.protocols", "IJB-C, TinyFace and IJB-S at their real size, after embedding"),
     "step": ("launch.bench.step", "a training step with each kind of attack, against the plain step"),
 }

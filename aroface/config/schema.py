@@ -11,7 +11,15 @@ from pydantic import Field, model_validator
 
 from aroface.config.alignment import AlignmentConfig
 from aroface.config.data import AugmentConfig, DataConfig
-from aroface.config.head import AdaFaceConfig, ArcFaceConfig, HeadConfig
+from aroface.config.head import (
+    AdaFaceConfig,
+    ArcFaceConfig,
+    CombinedMarginConfig,
+    CosFaceConfig,
+    CurricularFaceConfig,
+    HeadConfig,
+    MagFaceConfig,
+)
 from aroface.config.model import IResNetConfig, ModelConfig
 from aroface.config.section import Section
 
@@ -22,11 +30,15 @@ __all__ = [
     "AugmentConfig",
     "BatchConfig",
     "CheckpointConfig",
+    "CombinedMarginConfig",
+    "CosFaceConfig",
+    "CurricularFaceConfig",
     "DataConfig",
     "EngineConfig",
     "HeadConfig",
     "IResNetConfig",
     "LogConfig",
+    "MagFaceConfig",
     "ModelConfig",
     "OptimConfig",
     "ScheduleConfig",

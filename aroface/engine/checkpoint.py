@@ -49,8 +49,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_HEAD_STATISTICS = ("norm_mean", "norm_std")
-
 
 @dataclass(frozen=True)
 class RunPosition:
@@ -142,7 +140,7 @@ def _save_head(path: Path, head: ShardedHead, optimizer: HeadSGD) -> None:
     tensors = {
         "weight": head.weight.detach().cpu().contiguous(),
         "momentum": optimizer.momentum_buffer.cpu().contiguous(),
-        **{name: getattr(head, name).cpu() for name in _HEAD_STATISTICS},
+        **{name: value.cpu() for name, value in head.statistics().items()},
     }
     start, stop = head.class_range
     metadata = {"class_start": str(start), "class_stop": str(stop), "num_classes": str(head.num_classes)}
@@ -218,7 +216,7 @@ def load_head(directory: Path, head: ShardedHead, optimizer: HeadSGD | None = No
     """Fill a head with its class range from the files of any number of ranks.
 
     Raises:
-        CheckpointError: the files do not cover the classes of this head.
+        CheckpointError: the files do not cover the classes of this head, or are of another kind or number of classes.
     """
     paths = sorted(directory.glob("head-*.safetensors"))
     start, stop = head.class_range
@@ -226,11 +224,27 @@ def load_head(directory: Path, head: ShardedHead, optimizer: HeadSGD | None = No
     with torch.no_grad():
         for path in paths:
             with safe_open(path, framework="pt") as file:
+                _copy_statistics(path, file, head)
                 filled += _copy_range(file, file.metadata(), head, optimizer, start, stop)
-                for name in _HEAD_STATISTICS:
-                    getattr(head, name).copy_(file.get_tensor(name))
     if filled != stop - start:
         raise CheckpointError(f"{directory}: its head files hold {filled} of the {stop - start} classes of this rank.")
+
+
+def _copy_statistics(path: Path, file: Any, head: ShardedHead) -> None:
+    """Running statistics, after a look at what the file is of; it may hold more than this kind of head has."""
+    if int(file.metadata()["num_classes"]) != head.num_classes:
+        raise CheckpointError(
+            f"{path} has {file.metadata()['num_classes']} classes, the training set {head.num_classes}. "
+            "Take the data the run was started on, or start a new run."
+        )
+    known = set(file.keys())
+    for name, value in head.statistics().items():
+        if name not in known:
+            raise CheckpointError(
+                f"{path} has no {name}, which head.kind = {head.config.kind} keeps: it was trained with another head. "
+                "Set `head` as in the config.yaml of that run, or start a new run."
+            )
+        value.copy_(file.get_tensor(name))
 
 
 def _copy_range(

@@ -209,8 +209,10 @@ class Trainer:
 
     def _update(self, losses: torch.Tensor, lr: float, samples: torch.Tensor) -> None:
         """Check on all ranks, then change the weights."""
-        gradient = self._head.weight.grad
-        is_finite = bool(torch.isfinite(losses).all()) and (gradient is None or bool(torch.isfinite(gradient).all()))
+        gradient = self._head.gradient()
+        # The largest entry tells as much as a mask of all of them, which would be as large as the centres.
+        largest = losses.new_zeros(()) if gradient is None else torch.linalg.vector_norm(gradient, torch.inf)
+        is_finite = bool(torch.isfinite(losses).all() & torch.isfinite(largest))
         if any_rank(not is_finite):
             raise self._non_finite("loss or a class-centre gradient", losses, samples)
         try:

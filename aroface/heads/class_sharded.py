@@ -1,28 +1,36 @@
 """The classifier: classes in contiguous ranges over ranks, softmax over all of them, sampled if wanted.
 
-Every rank sees the embeddings of the global batch and the centres of its own classes. Three small exchanges tie them
-together: embeddings and labels are gathered, the local log-sum-exps and target logits are gathered, and the gradient of
-the embeddings is summed back. Class centres never leave their rank. Partial FC: arXiv:2203.15565.
+Every rank sees the embeddings of the global batch and the centres of its own classes. Three exchanges tie them
+together: embeddings and labels are gathered, the terms of the softmax are summed, and the gradient of the embeddings is
+summed back; CurricularFace needs the target cosines besides. Class centres never leave their rank. Partial FC:
+arXiv:2203.15565.
 
 Legend: B images of a rank, N of the global batch, D embedding dimension, C local classes.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from aroface.config.schema import AdaFaceConfig, HeadConfig
-from aroface.distributed import all_gather_rows
+from aroface.config.head import HeadConfig
+from aroface.distributed import all_reduce, is_distributed
 from aroface.engine.seeding import derive_generator
 from aroface.errors import ConfigError
-from aroface.heads.margins import ada_margin, ada_scaler, arc_margin
-from aroface.heads.softmax import gather_terms, negatives_logsumexp, unit_rows
+from aroface.heads.exchange import gather_batch, own_rows, sum_over_ranks
+from aroface.heads.kinds import build_kind
+from aroface.heads.softmax import SoftmaxSettings, class_terms, target_cosines, unit_rows
 
-__all__ = ["ShardedHead", "build_head", "class_range"]
+__all__ = ["Reduction", "ShardedHead", "build_head", "class_range"]
+
+Reduction = Literal["mean", "none"]
 
 _INIT_STD = 0.01
 _INIT_BLOCK = 4096
-#: AdaFace's starting point of the running norm statistics.
-_NORM_MEAN, _NORM_STD = 20.0, 100.0
+#: So many classes are one chunk, whose logits the backward pass finds again instead of computing them anew.
+_ONE_CHUNK = 8192
+#: Logits of 1,024 images by this many classes stay in the cache of a CPU core.
+_CPU_CHUNK = 1024
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -50,10 +58,10 @@ def build_head(
 
 
 class ShardedHead(nn.Module):
-    """Margin softmax loss over classes that are shared out over ranks."""
+    """Margin softmax loss over classes that are shared out over ranks.
 
-    norm_mean: Tensor
-    norm_std: Tensor
+    The gradient of `weight` is dense with `sample_rate` 1, otherwise a sparse tensor of the sampled rows.
+    """
 
     def __init__(
         self, config: HeadConfig, *, num_classes: int, embedding_dim: int, seed: int, rank: int, world_size: int
@@ -64,97 +72,127 @@ class ShardedHead(nn.Module):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.class_range = class_range(num_classes, rank, world_size)
         self.weight = nn.Parameter(_initial_weights(*self.class_range, embedding_dim, seed))
-        # Running statistics of the embedding norms, used by AdaFace alone but kept by every head: one layout.
-        self.register_buffer("norm_mean", torch.tensor(_NORM_MEAN))
-        self.register_buffer("norm_std", torch.tensor(_NORM_STD))
-        #: Local classes that took part in the softmax since the last optimiser step; None stands for all.
-        self.sampled: Tensor | None = None
+        self.kind = build_kind(config)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, *, step: int, update_statistics: bool = True) -> Tensor:
-        """Mean loss over the global batch, the same scalar on every rank.
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        step: int,
+        update_statistics: bool = True,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Mean loss over the global batch, the same scalar on every rank; or the loss of each image of this rank.
 
         Args:
             embeddings: (B, D) un-normalised; B is the same on all ranks.
             labels: (B,) int64 in [0, num_classes).
             step: optimiser step, selects the sampled negatives.
-            update_statistics: False in the attack pass: running statistics and sampled classes stay as they are.
+            update_statistics: False in the attack pass: running statistics and class centres are left alone, the
+                centres get no gradient.
+            reduction: `mean`, a scalar; `none`, (B,).
 
         The gradient of `embeddings` is multiplied by the number of ranks: the engine averages the backbone's gradients
-        over ranks, and the loss is a global mean already.
+        over ranks, and the loss is a global mean already. The mean of `none` has the same gradient.
         """
-        return self.losses(embeddings, labels, step=step, update_statistics=update_statistics).mean()
+        losses = self.losses(embeddings, labels, step=step, update_statistics=update_statistics)
+        return losses.mean() if reduction == "mean" else own_rows(losses)
 
     def losses(self, embeddings: Tensor, labels: Tensor, *, step: int, update_statistics: bool = True) -> Tensor:
         """Loss of every image of the global batch, (N,), in rank order. Arguments as `forward`."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            gathered = all_gather_rows(embeddings.float(), gradient_scale=self.world_size)
-            targets = all_gather_rows(labels)
-            norms = gathered.detach().norm(dim=1)
-            if update_statistics:
-                self._update_statistics(norms)
-            return self._losses(unit_rows(gathered), norms, targets, step=step, is_training=update_statistics)
+            gathered, targets = gather_batch(embeddings.float(), labels, gradient_scale=self.world_size)
+            return self._losses(gathered, targets, step=step, is_training=update_statistics)
 
-    def _losses(self, unit: Tensor, norms: Tensor, labels: Tensor, *, step: int, is_training: bool) -> Tensor:
+    def statistics(self) -> dict[str, Tensor]:
+        """Running statistics by name, the same on every rank; they belong to a checkpoint."""
+        return dict(self.kind.named_buffers())
+
+    def gradient(self) -> Tensor | None:
+        """The numbers of the gradient of `weight`: (C, D), or those of the sampled rows alone. A view, not a copy.
+
+        For checks, norms and scaling; None before a backward pass.
+        """
+        gradient = self.weight.grad
+        if gradient is None or not gradient.is_sparse:
+            return gradient
+        self.weight.grad = gradient.coalesce()
+        return self.weight.grad.values()
+
+    def _losses(self, embeddings: Tensor, labels: Tensor, *, step: int, is_training: bool) -> Tensor:
         start, stop = self.class_range
         is_mine = (labels >= start) & (labels < stop)
-        local = torch.where(is_mine, labels - start, -1)
-        weights, local = self._sample(local, step=step, record=is_training)
+        weights, local = self._sample(torch.where(is_mine, labels - start, -1), step=step)
         if not is_training:
             weights = weights.detach()  # the adversary wants the gradient of the images alone
-        mine = is_mine.nonzero().squeeze(1)
-        cosines = (unit[mine] * unit_rows(weights[local[mine]])).sum(1).clamp(-1, 1)
-        target = self.config.logit_scale * self._margin(cosines, norms[mine])
-        negatives = negatives_logsumexp(
-            unit, weights, local, logit_scale=self.config.logit_scale, chunk_classes=self.config.chunk_classes
-        )
-        targets = torch.zeros_like(negatives).index_copy(0, mine, target)
-        terms = gather_terms(torch.stack([negatives, targets]))
-        target_logits = terms[:, 1].sum(0)
-        normaliser = torch.cat([terms[:, 0], target_logits[None]]).logsumexp(0)
-        return normaliser - target_logits
-
-    def _margin(self, cosines: Tensor, norms: Tensor) -> Tensor:
+        unit, norms = unit_rows(embeddings), embeddings.norm(dim=1)
+        with torch.no_grad():
+            known = self._known_cosines(unit, weights, local) if self.kind.needs_target_cosines else norms[:0]
+            if is_training:
+                self.kind.update(norms, known)
+            rule = self.kind.negatives(known)
         config = self.config
-        match config.kind:
-            case "arcface":
-                return arc_margin(cosines, config.margin, gradient=config.margin_gradient)
-            case "adaface":
-                scaler = ada_scaler(norms, self.norm_mean, self.norm_std, config.h)
-                return ada_margin(cosines, config.margin, scaler, gradient=config.margin_gradient)
+        chunk = config.chunk_classes or _chunk_classes(len(weights), weights.device.type)
+        settings = SoftmaxSettings(config.logit_scale, chunk, config.logit_precision, rule)
+        negatives, cosines = class_terms(unit, weights, local, settings)
+        targets = torch.where(is_mine, config.logit_scale * self.kind.targets(cosines.clamp(-1, 1), norms), 0.0)
+        extra = self.kind.regulariser(norms)
+        if extra is not None:
+            extra = torch.where(is_mine, extra, 0.0)
+        return _combine(negatives, targets, extra, largest=config.logit_scale * (rule.largest if rule else 1.0))
 
-    def _update_statistics(self, norms: Tensor) -> None:
-        if not isinstance(self.config, AdaFaceConfig):
-            return
-        clipped = norms.clamp(1e-3, 100.0)
-        momentum = self.config.statistics_momentum
-        self.norm_mean.lerp_(clipped.mean(), momentum)
-        if len(clipped) > 1:  # one image has no spread
-            self.norm_std.lerp_(clipped.std(), momentum)
+    def _known_cosines(self, unit: Tensor, weights: Tensor, local: Tensor) -> Tensor:
+        """Target cosines of the whole batch, (N,), on every rank."""
+        return all_reduce(target_cosines(unit, weights, local)).clamp_(-1, 1)
 
-    def _sample(self, local: Tensor, *, step: int, record: bool) -> tuple[Tensor, Tensor]:
+    def _sample(self, local: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
         """Centres that take part, and the targets as indices into them."""
         if self.config.sample_rate >= 1:
             return self.weight, local
         count = len(self.weight)
         positives = torch.unique(local[local >= 0])
-        wanted = max(len(positives), round(self.config.sample_rate * count))
+        wanted = max(len(positives), round(self.config.sample_rate * count), 1)
         generator = derive_generator(self.seed, "negatives", step=step, rank=self.rank)
         priority = torch.rand(count, generator=generator).to(local.device)
         priority[positives] = 2.0
         chosen = priority.topk(wanted).indices.sort().values
-        if record:
-            self.sampled = chosen if self.sampled is None else torch.unique(torch.cat([self.sampled, chosen]))
         place = torch.full((count + 1,), -1, dtype=torch.int64, device=local.device)
         place[chosen] = torch.arange(wanted, device=local.device)
-        return self.weight[chosen], place[local]
+        return nn.functional.embedding(chosen, self.weight, sparse=True), place[local]
+
+
+def _chunk_classes(count: int, device: str) -> int:
+    """Columns of a chunk that are fast: many on a GPU, few on a CPU."""
+    return _CPU_CHUNK if device == "cpu" and count > _ONE_CHUNK else _ONE_CHUNK
+
+
+def _combine(negatives: Tensor, targets: Tensor, extra: Tensor | None, *, largest: float) -> Tensor:
+    """Losses (N,) from the terms of this rank and those of the others.
+
+    Args:
+        negatives: log-sum-exp over the local negatives.
+        targets: target logits, 0 where another rank has the class.
+        extra: added to the loss, 0 where another rank has the class; None: nothing.
+        largest: upper bound of the logits: exp(logit - largest) of ranks can be added as float64 without a maximum
+            over ranks, for it is at least exp(-3 x 200).
+    """
+    if is_distributed():
+        terms = [(negatives.double() - largest).exp(), targets.double()]
+        summed = sum_over_ranks(torch.stack(terms if extra is None else [*terms, extra.double()]))
+        negatives, targets = (summed[0].log() + largest).float(), summed[1].float()
+        extra = None if extra is None else summed[2].float()
+    losses = nn.functional.softplus(negatives - targets)
+    return losses if extra is None else losses + extra
 
 
 def _initial_weights(start: int, stop: int, dim: int, seed: int) -> Tensor:
     """Rows [start, stop) of a matrix that is drawn block by block, so that any range of it can be made alone."""
-    blocks = []
+    weights = torch.empty(stop - start, dim)
     for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
         generator = derive_generator(seed, "class centres", step=block)
         rows = torch.randn(_INIT_BLOCK, dim, generator=generator) * _INIT_STD
         first = block * _INIT_BLOCK
-        blocks.append(rows[max(start, first) - first : min(stop, first + _INIT_BLOCK) - first])
-    return torch.cat(blocks)
+        low, high = max(start, first), min(stop, first + _INIT_BLOCK)
+        weights[low - start : high - start] = rows[low - first : high - first]
+    return weights

@@ -1,8 +1,13 @@
 """Margin functions: cosines of the targets to target logits, before the logit scale. Pure.
 
-`margin_gradient`: `exact` differentiates the margin. `straight_through` takes d target / d cos = 1, which is what
-computing the margin without gradients amounts to in arcface_torch and its descendants; the exact derivative of ArcFace
-is sin(theta + m) / sin(theta), 1.03 at 72 degrees and 2.2 at 20 degrees for m = 0.5.
+`gradient`: `exact` differentiates the margin. `straight_through` takes d target / d cos = 1, which is what computing
+the margin without gradients amounts to in arcface_torch and its descendants; the exact derivative of ArcFace is
+sin(theta + m) / sin(theta), 1.03 at 72 degrees and 2.2 at 20 degrees for m = 0.5.
+
+`continuation`: cos(theta + m) rises again once theta + m is beyond pi and would reward moving away from the class.
+There the target becomes `reflect`: -2 - cos(theta + m), continuous and with a continuous slope; `linear`: cos(theta) -
+m sin(m), which falls but jumps; `plain`: cos(theta + m) all the same; `easy`: no margin at all where theta is beyond
+pi / 2. docs/heads.md tells which public code does which.
 
 Legend: N targets.
 """
@@ -13,9 +18,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["MarginGradient", "ada_margin", "ada_scaler", "arc_margin"]
+__all__ = [
+    "Continuation",
+    "MarginGradient",
+    "ada_margin",
+    "ada_scaler",
+    "arc_margin",
+    "combined_margin",
+    "cos_margin",
+    "mag_margins",
+    "mag_regulariser",
+    "shifted_cosines",
+]
 
 MarginGradient = Literal["exact", "straight_through"]
+Continuation = Literal["reflect", "linear", "plain", "easy"]
 
 #: AdaFace keeps the angle this far from 0 and pi, and the norms in this range.
 _ADA_EPS = 1e-3
@@ -24,25 +41,90 @@ _NORM_RANGE = (1e-3, 100.0)
 _MIN_SIN2 = 1e-12
 
 
-def arc_margin(cosines: Tensor, margin: float, *, gradient: MarginGradient = "exact") -> Tensor:
-    """cos(theta + m), continued beyond theta + m = pi as -2 - cos(theta + m), which keeps falling.
+def shifted_cosines(cosines: Tensor, margin: float | Tensor) -> Tensor:
+    """cos(theta + m) from cos(theta), with finite derivatives at 0 and pi.
+
+    Args:
+        cosines: (N,) in [-1, 1].
+        margin: m in radians, one or (N,).
+    """
+    angle = torch.as_tensor(margin, dtype=cosines.dtype, device=cosines.device)
+    return cosines * angle.cos() - _sines(cosines) * angle.sin()
+
+
+def arc_margin(
+    cosines: Tensor,
+    margin: float | Tensor,
+    *,
+    gradient: MarginGradient = "exact",
+    continuation: Continuation = "reflect",
+) -> Tensor:
+    """cos(theta + m), continued as the module tells.
 
     Args:
         cosines: (N,) cos(theta) of the target classes.
-        margin: m in radians, in [0, pi / 2].
+        margin: m in radians, in [0, pi / 2]; one, or (N,) and then differentiable (MagFace).
         gradient: see the module.
+        continuation: see the module.
 
     Returns:
         (N,) target logits before the scale.
 
-    Source: ArcFace, arXiv:1801.07698, Eq. 3. The continuation is continuous with a continuous slope; plain
-    cos(theta + m) would reward moving away from the class there.
+    Source: ArcFace, arXiv:1801.07698, Eq. 3; MagFace, arXiv:2103.06627, Eq. 2.
     """
-    sin2 = 1 - cosines.square()
-    sines = sin2.clamp_min(_MIN_SIN2).sqrt()
-    shifted = cosines * math.cos(margin) - sines * math.sin(margin)
-    beyond = cosines < math.cos(math.pi - margin)
-    return _with_gradient(cosines, torch.where(beyond, -2 - shifted, shifted), gradient)
+    shifted = shifted_cosines(cosines, margin)
+    angle = torch.as_tensor(margin, dtype=cosines.dtype, device=cosines.device)
+    beyond = cosines < -angle.cos()  # theta > pi - m
+    match continuation:
+        case "reflect":
+            target = torch.where(beyond, -2 - shifted, shifted)
+        case "linear":
+            target = torch.where(beyond, cosines - angle * angle.sin(), shifted)
+        case "plain":
+            target = shifted
+        case "easy":
+            target = torch.where(cosines > 0, shifted, cosines)
+    return _with_gradient(cosines, target, gradient)
+
+
+def cos_margin(cosines: Tensor, margin: float) -> Tensor:
+    """cos(theta) - m. Source: CosFace, arXiv:1801.09414, Eq. 4."""
+    return cosines - margin
+
+
+def combined_margin(
+    cosines: Tensor,
+    m1: float,
+    m2: float,
+    m3: float,
+    *,
+    gradient: MarginGradient = "exact",
+    continuation: Continuation = "reflect",
+) -> Tensor:
+    """psi(m1 theta + m2) - m3, where psi is the cosine, made to fall all the way by `reflect`.
+
+    psi(phi) = (-1)^k cos(phi) - 2 k for phi in [k pi, (k + 1) pi]; k is 0 or 1 for m1 = 1.
+
+    Args:
+        cosines: (N,) cos(theta) of the target classes.
+        m1: factor on the angle, at least 1.
+        m2: added to the angle, radians.
+        m3: taken off the cosine.
+        gradient: see the module.
+        continuation: `reflect` or `plain`.
+
+    Returns:
+        (N,) target logits before the scale.
+
+    Source: ArcFace, arXiv:1801.07698, Eq. 4; psi from SphereFace, arXiv:1704.08063, Eq. 6.
+    """
+    theta = torch.atan2(_sines(cosines), cosines)  # acos has no finite derivative at 0 and pi
+    angle = m1 * theta + m2
+    target = angle.cos()
+    if continuation == "reflect":
+        turns = (angle.detach() / math.pi).floor()
+        target = (1 - 2 * (turns % 2)) * target - 2 * turns
+    return _with_gradient(cosines, target - m3, gradient)
 
 
 def ada_scaler(norms: Tensor, mean: Tensor, std: Tensor, h: float) -> Tensor:
@@ -68,6 +150,31 @@ def ada_margin(cosines: Tensor, margin: float, scaler: Tensor, *, gradient: Marg
     theta = torch.acos(cosines.clamp(-1 + _ADA_EPS, 1 - _ADA_EPS))
     shifted = torch.cos((theta - margin * scaler).clamp(_ADA_EPS, math.pi - _ADA_EPS))
     return _with_gradient(cosines, shifted - (margin + margin * scaler), gradient)
+
+
+def mag_margins(norms: Tensor, norm_range: tuple[float, float], margin_range: tuple[float, float]) -> Tensor:
+    """MagFace's margin, radians: linear in the norm between the two ranges, constant outside; differentiable.
+
+    Source: MagFace, arXiv:2103.06627, section 4.1.
+    """
+    low, high = norm_range
+    first, last = margin_range
+    return first + (last - first) / (high - low) * (norms.clamp(low, high) - low)
+
+
+def mag_regulariser(norms: Tensor, norm_range: tuple[float, float]) -> Tensor:
+    """MagFace's g(a) = 1 / a + a / u_a^2 of norms clipped to [l_a, u_a]; falls up to u_a. Differentiable.
+
+    Source: MagFace, arXiv:2103.06627, appendix B, and its released code.
+    """
+    low, high = norm_range
+    clipped = norms.clamp(low, high)
+    return 1 / clipped + clipped / high**2
+
+
+def _sines(cosines: Tensor) -> Tensor:
+    sin2 = 1 - cosines.square()
+    return sin2.clamp_min(_MIN_SIN2).sqrt()
 
 
 def _with_gradient(cosines: Tensor, target: Tensor, gradient: MarginGradient) -> Tensor:

@@ -25,21 +25,21 @@ class HeadSGD:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Apply the accumulated gradient and clear it."""
-        weight, gradient, rows = self._head.weight, self._head.weight.grad, self._head.sampled
-        if gradient is None:
+        weight, values = self._head.weight, self._head.gradient()
+        if values is None or weight.grad is None:
             return
-        if rows is None:
-            gradient.add_(weight, alpha=self._weight_decay)
-            self.momentum_buffer.mul_(self._momentum).add_(gradient)
+        if not weight.grad.is_sparse:
+            values.add_(weight, alpha=self._weight_decay)
+            self.momentum_buffer.mul_(self._momentum).add_(values)
             weight.sub_(self.momentum_buffer, alpha=lr)
         else:
-            update = gradient[rows].add_(weight[rows], alpha=self._weight_decay)
-            moved = self.momentum_buffer[rows].mul_(self._momentum).add_(update)
+            rows = weight.grad.indices()[0]
+            values.add_(weight[rows], alpha=self._weight_decay)
+            moved = self.momentum_buffer[rows].mul_(self._momentum).add_(values)
             self.momentum_buffer[rows] = moved
-            weight[rows] = weight[rows].sub_(moved, alpha=lr)
+            weight.index_add_(0, rows, moved, alpha=-lr)
         self.clear()
 
     def clear(self) -> None:
-        """Forget the accumulated gradient and the sampled classes."""
+        """Forget the accumulated gradient."""
         self._head.weight.grad = None
-        self._head.sampled = None

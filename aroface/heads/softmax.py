@@ -1,112 +1,167 @@
-"""log-sum-exp over the local classes, in chunks: the (N, C) logits never exist at one time.
+"""Softmax over the local classes, in chunks: the (N, C) logits never exist at one time.
 
 Legend: N rows of the global batch, C local classes, D embedding dimension, K classes of a chunk.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from aroface.distributed import is_distributed
+from aroface.heads.negatives import NegativeRule
+from aroface.heads.products import LogitPrecision, cosines_of, operand, product
 
-__all__ = ["gather_terms", "negatives_logsumexp"]
+__all__ = ["SoftmaxSettings", "class_terms", "target_cosines", "unit_rows"]
+
+_MIN_LENGTH = 1e-12
 
 
-def negatives_logsumexp(
-    embeddings: Tensor, weights: Tensor, targets: Tensor, *, logit_scale: float, chunk_classes: int
-) -> Tensor:
-    """The value log sum_{j != target} exp(s cos_ij) over local classes, for every row.
+@dataclass(frozen=True)
+class SoftmaxSettings:
+    """How the terms are formed."""
+
+    logit_scale: float  #: s
+    chunk_classes: int  #: K, columns that exist at one time; does not change the result beyond rounding
+    precision: LogitPrecision = "fp32"  #: of the products with the class centres
+    rule: NegativeRule | None = None  #: what becomes of the negatives; None: nothing
+
+
+def class_terms(
+    embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings
+) -> tuple[Tensor, Tensor]:
+    """What the local classes contribute to the loss of every row.
 
     Args:
         embeddings: (N, D) float32, unit length.
         weights: (C, D) float32 class centres, of any length; normalised here, chunk by chunk.
         targets: (N,) int64 local index of each row's class, -1 where another rank has it.
-        logit_scale: s.
-        chunk_classes: K, columns that exist at one time; does not change the result beyond rounding.
+        settings: see there.
 
     Returns:
-        (N,) float32; -inf for a row whose target is the only local class. Differentiable in embeddings and weights; the
-        backward pass computes each chunk again unless there is only one.
+        log sum_{j != target} exp(s phi(cos_ij)) over local classes, (N,), -inf for a row whose target is the only local
+        class; and the cosine of the target, (N,), 0 where another rank has it. Both float32 and differentiable in
+        embeddings and weights; the backward pass computes each chunk again unless there is only one.
     """
-    result: Tensor = _NegativesLogSumExp.apply(  # type: ignore[no-untyped-call]
-        embeddings, weights, targets, logit_scale, chunk_classes
+    terms: tuple[Tensor, Tensor] = _ClassTerms.apply(  # type: ignore[no-untyped-call]
+        embeddings, weights, targets, settings
     )
-    return result
+    return terms
 
 
-def _chunk_logits(
-    embeddings: Tensor, weights: Tensor, targets: Tensor, scale: float, start: int, stop: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled cosines (N, K) with -inf at the targets, unit weights (K, D) and lengths (K, 1)."""
-    lengths = weights[start:stop].norm(dim=1, keepdim=True).clamp_min(1e-12)
-    unit = weights[start:stop] / lengths
-    logits = embeddings @ unit.T
-    logits *= scale
-    inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
-    logits[inside, targets[inside] - start] = -torch.inf
-    return logits, unit, lengths
-
-
-class _NegativesLogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, weights: Tensor, targets: Tensor, scale: float, chunk: int) -> Tensor:
-        total = embeddings.new_full((len(embeddings),), -torch.inf)
-        ctx.kept = None
-        for start in range(0, len(weights), chunk):
-            stop = min(start + chunk, len(weights))
-            parts = _chunk_logits(embeddings, weights, targets, scale, start, stop)
-            total = torch.logaddexp(total, parts[0].logsumexp(1))
-            if start == 0 and stop == len(weights):
-                ctx.kept = parts
-        ctx.save_for_backward(embeddings, weights, targets, total)
-        ctx.scale, ctx.chunk = scale, chunk
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        embeddings, weights, targets, total = ctx.saved_tensors
-        # Rows without a single negative have the value -inf and no gradient.
-        finite = total.masked_fill(total == -torch.inf, 0)
-        factor = (grad_outputs[0] * ctx.scale).masked_fill(total == -torch.inf, 0)[:, None]
-        grad_embeddings = torch.zeros_like(embeddings)
-        grad_weights = torch.empty_like(weights) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(weights), ctx.chunk):
-            stop = min(start + ctx.chunk, len(weights))
-            logits, unit, lengths = ctx.kept or _chunk_logits(embeddings, weights, targets, ctx.scale, start, stop)
-            grad_logits = (logits - finite[:, None]).exp_().mul_(factor)
-            grad_embeddings.addmm_(grad_logits, unit)
-            if grad_weights is not None:
-                grad_unit = grad_logits.T @ embeddings
-                radial = (grad_unit * unit).sum(1, keepdim=True)
-                torch.div(grad_unit - unit * radial, lengths, out=grad_weights[start:stop])
-        return grad_embeddings, grad_weights, None, None, None
-
-
-def gather_terms(terms: Tensor) -> Tensor:
-    """(2, N) of every rank as (W, 2, N); the gradient of a rank's own entries comes back to it alone.
-
-    Every rank forms the same loss from the same gathered terms, so its own derivative is already the whole one.
-    """
-    if not is_distributed():
-        return terms[None]
-    gathered: Tensor = _GatherTerms.apply(terms)  # type: ignore[no-untyped-call]
-    return gathered
-
-
-class _GatherTerms(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, terms: Tensor) -> Tensor:
-        ranks = distributed.get_world_size()
-        gathered = terms.new_empty((ranks * len(terms), terms.shape[1]))
-        distributed.all_gather_into_tensor(gathered, terms.contiguous())
-        return gathered.view(ranks, *terms.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0][distributed.get_rank()]
+def target_cosines(embeddings: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
+    """The second result of `class_terms` alone, by plain autograd."""
+    own, _ = _target_centres(weights, targets)
+    return torch.where(targets >= 0, (embeddings * own).sum(1), 0.0)
 
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows at unit length; a zero row stays zero."""
-    return nn.functional.normalize(rows, dim=1, eps=1e-12)
+    return nn.functional.normalize(rows, dim=1, eps=_MIN_LENGTH)
+
+
+def _target_centres(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit centres (N, D) and their lengths (N, 1) of every row's class; of class 0 where another rank has it."""
+    own = weights[targets.clamp_min(0)]
+    lengths = own.norm(dim=1, keepdim=True).clamp_min(_MIN_LENGTH)
+    return own / lengths, lengths
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    logits: Tensor  #: (N, K), -inf at the targets
+    slopes: Tensor | None  #: (N, K) d phi / d cos; None: 1
+    unit: Tensor  #: (K, D) centres at unit length
+    lengths: Tensor  #: (K, 1) of the centres before
+
+
+def _chunk(embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings, start: int) -> _Chunk:
+    weights = weights[start : start + settings.chunk_classes]
+    lengths = weights.norm(dim=1, keepdim=True).clamp_min(_MIN_LENGTH)
+    unit = weights / lengths
+    logits = cosines_of(embeddings, unit, settings.precision)
+    slopes = None
+    if settings.rule:
+        logits, slopes = settings.rule(logits)
+    logits *= settings.logit_scale
+    column = targets - start
+    is_inside = (column >= 0) & (column < len(weights))
+    column = column.clamp(0, len(weights) - 1)[:, None]
+    logits.scatter_(1, column, torch.where(is_inside[:, None], -torch.inf, logits.gather(1, column)))
+    return _Chunk(logits, slopes, unit, lengths)
+
+
+class _ClassTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings
+    ) -> tuple[Tensor, Tensor]:
+        total = embeddings.new_full((len(embeddings),), -torch.inf)
+        ctx.kept = None
+        for start in range(0, len(weights), settings.chunk_classes):
+            chunk = _chunk(embeddings, weights, targets, settings, start)
+            if settings.chunk_classes >= len(weights):
+                ctx.kept = chunk
+                total = chunk.logits.logsumexp(1)
+            else:
+                total = torch.logaddexp(total, _logsumexp_(chunk.logits))
+        ctx.save_for_backward(embeddings, weights, targets, total)
+        ctx.settings = settings
+        return total, target_cosines(embeddings, weights, targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        embeddings, weights, targets, total = ctx.saved_tensors
+        settings: SoftmaxSettings = ctx.settings
+        # Rows without a single negative have the value -inf and no gradient.
+        is_empty = total == -torch.inf
+        finite = total.masked_fill(is_empty, 0)[:, None]
+        factor = (grad_outputs[0] * settings.logit_scale).masked_fill(is_empty, 0)[:, None]
+        grad_embeddings = torch.zeros_like(embeddings)
+        grad_weights = torch.empty_like(weights) if ctx.needs_input_grad[1] else None
+        weighted = operand(embeddings * factor, settings.precision)
+        for start in range(0, len(weights), settings.chunk_classes):
+            chunk = ctx.kept or _chunk(embeddings, weights, targets, settings, start)
+            shares = (chunk.logits - finite) if ctx.kept else chunk.logits.sub_(finite)
+            shares.exp_()
+            if chunk.slopes is not None:
+                shares *= chunk.slopes
+            shares = operand(shares, settings.precision)
+            grad_embeddings += product(shares, operand(chunk.unit, settings.precision))
+            if grad_weights is not None:
+                grad_unit = product(shares.T, weighted)
+                _through_length(grad_unit, chunk.unit, chunk.lengths, out=grad_weights[start : start + len(chunk.unit)])
+        grad_embeddings *= factor
+        _add_target_gradient(embeddings, weights, targets, grad_outputs[1], grad_embeddings, grad_weights)
+        return grad_embeddings, grad_weights, None, None
+
+
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """`logits.logsumexp(1)`, overwriting its argument: faster than ATen's on a CPU."""
+    top = logits.amax(1)
+    shift = top.masked_fill(top == -torch.inf, 0)
+    return logits.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift)
+
+
+def _through_length(grad_unit: Tensor, unit: Tensor, lengths: Tensor, *, out: Tensor) -> None:
+    """Gradient of centres from the gradient of the same at unit length."""
+    radial = (grad_unit * unit).sum(1, keepdim=True)
+    torch.div(grad_unit.sub_(unit * radial), lengths, out=out)
+
+
+def _add_target_gradient(
+    embeddings: Tensor,
+    weights: Tensor,
+    targets: Tensor,
+    grad_cosines: Tensor,
+    grad_embeddings: Tensor,
+    grad_weights: Tensor | None,
+) -> None:
+    """Add the gradient of the target cosines to both."""
+    unit, lengths = _target_centres(weights, targets)
+    grad_cosines = grad_cosines.masked_fill(targets < 0, 0)[:, None]
+    grad_embeddings += grad_cosines * unit
+    if grad_weights is not None:
+        grad_own = torch.empty_like(unit)
+        _through_length(grad_cosines * embeddings, unit, lengths, out=grad_own)
+        grad_weights.index_add_(0, targets.clamp_min(0), grad_own)

@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s
                 rank, value, error = queue.get(timeout=timeout_s)
                 if error:
                     raise AssertionError(f"rank {rank} failed:\n{error}")
-                results[rank] = value
+                results[rank] = pickle.loads(value)  # noqa: S301 - written by the process just started
         finally:
             for process in processes:
                 process.join(timeout=10)
@@ -55,7 +56,8 @@ def _worker(function: Callable[..., Any], rank: int, ranks: int, store: str, que
             world_size=ranks,
             timeout=datetime.timedelta(seconds=60),
         )
-        queue.put((rank, function(rank, ranks, *args), None))
+        # by value: the handles that a queue passes for tensors die with this process
+        queue.put((rank, pickle.dumps(function(rank, ranks, *args)), None))
         distributed.barrier()
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))

@@ -1,40 +1,58 @@
-"""Margins and head against formulas written independently in float64, values and gradients."""
+"""Margin functions against the formulas of the papers, values and derivatives, from 0 to pi."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from aroface.config.schema import AdaFaceConfig, ArcFaceConfig
-from aroface.errors import ConfigError
-from aroface.heads import HeadSGD, ada_margin, arc_margin, build_head, class_range
-from aroface.heads.margins import ada_scaler
+from aroface.heads import ada_margin, arc_margin, combined_margin, cos_margin
+from aroface.heads.margins import ada_scaler, mag_margins, mag_regulariser, shifted_cosines
 
-ANGLES = [0.0, 0.05, 0.35, 1.25, 2.0, math.pi - 0.51, math.pi - 0.49, 3.0, math.pi]
+ANGLES = [0.0, 0.05, 0.35, 1.25, 1.55, 1.6, 2.0, math.pi - 0.51, math.pi - 0.49, 3.0, math.pi]
 
 
-def arcface(theta, m):
-    return math.cos(theta + m) if theta + m <= math.pi else -2 - math.cos(theta + m)
+def cosines_at(*angles):
+    return torch.tensor([math.cos(angle) for angle in angles], dtype=torch.float64)
 
 
+def arcface(theta, m, continuation):
+    """In plain Python, branch by branch."""
+    if continuation == "easy":
+        return math.cos(theta + m) if theta < math.pi / 2 else math.cos(theta)
+    if theta + m <= math.pi or continuation == "plain":
+        return math.cos(theta + m)
+    return -2 - math.cos(theta + m) if continuation == "reflect" else math.cos(theta) - m * math.sin(m)
+
+
+def psi(angle):
+    half_waves = int(angle // math.pi)
+    return (-1) ** half_waves * math.cos(angle) - 2 * half_waves
+
+
+@pytest.mark.parametrize("continuation", ["reflect", "linear", "plain", "easy"])
 @pytest.mark.parametrize("theta", ANGLES)
-def test_arcface_value(theta):
-    cosine = torch.tensor([math.cos(theta)], dtype=torch.float64)
+def test_arcface_value(theta, continuation):
+    found = arc_margin(cosines_at(theta), 0.5, continuation=continuation).item()
     # sin(acos(cos)) is exact to half the digits only at the ends of the range
-    assert arc_margin(cosine, 0.5).item() == pytest.approx(arcface(theta, 0.5), abs=2e-6)
+    assert found == pytest.approx(arcface(theta, 0.5, continuation), abs=2e-6)
 
 
-def test_arcface_falls_all_the_way():
+@pytest.mark.parametrize("continuation", ["reflect", "linear"])
+def test_arcface_falls_all_the_way(continuation):
     cosines = torch.linspace(-1, 1, 2001, dtype=torch.float64)
-    assert (arc_margin(cosines, 0.5).diff() > 0).all()
+    assert (arc_margin(cosines, 0.5, continuation=continuation).diff() > 0).all()
+
+
+def test_arcface_plain_rises_beyond_pi():
+    cosines = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    assert (arc_margin(cosines, 0.5, continuation="plain").diff() < 0).any()
 
 
 @pytest.mark.parametrize("degrees", [20, 72])
 def test_gradient_of_the_margin_exact_and_straight_through(degrees):
     theta, m = math.radians(degrees), 0.5
     for gradient, expected in (("exact", math.sin(theta + m) / math.sin(theta)), ("straight_through", 1.0)):
-        cosine = torch.tensor([math.cos(theta)], dtype=torch.float64, requires_grad=True)
+        cosine = cosines_at(theta).requires_grad_()
         value = arc_margin(cosine, m, gradient=gradient)
         assert value.item() == pytest.approx(math.cos(theta + m))
         assert torch.autograd.grad(value.sum(), cosine)[0].item() == pytest.approx(expected)
@@ -45,10 +63,61 @@ def test_exact_gradient_at_the_figures_of_the_literature():
     assert math.sin(math.radians(20) + 0.5) / math.sin(math.radians(20)) == pytest.approx(2.2, abs=0.01)
 
 
+MARGINS = {
+    "arcface": lambda c, g: arc_margin(c, 0.5, gradient=g),
+    "arcface linear": lambda c, g: arc_margin(c, 0.5, gradient=g, continuation="linear"),
+    "arcface easy": lambda c, g: arc_margin(c, 0.5, gradient=g, continuation="easy"),
+    "combined": lambda c, g: combined_margin(c, 1.35, 0.2, 0.1, gradient=g),
+    "combined plain": lambda c, g: combined_margin(c, 3.0, 0.2, 0.1, gradient=g, continuation="plain"),
+    "adaface": lambda c, g: ada_margin(c, 0.4, torch.tensor(-0.7, dtype=torch.float64), gradient=g),
+}
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_exact_gradient_is_the_finite_difference(name):
+    cosines = torch.linspace(-0.995, 0.995, 48, dtype=torch.float64)
+    step = 1e-7
+    difference = (MARGINS[name](cosines + step, "exact") - MARGINS[name](cosines - step, "exact")) / (2 * step)
+    cosines.requires_grad_()
+    (found,) = torch.autograd.grad(MARGINS[name](cosines, "exact").sum(), cosines)
+    torch.testing.assert_close(found, difference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_straight_through_changes_the_gradient_alone(name):
+    cosines = torch.linspace(-1, 1, 41, requires_grad=True)
+    value = MARGINS[name](cosines, "straight_through")
+    torch.testing.assert_close(value, MARGINS[name](cosines, "exact"))
+    assert torch.equal(torch.autograd.grad(value.sum(), cosines)[0], torch.ones(41))
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_gradients_are_finite_at_both_ends_in_float32(name):
+    cosines = torch.tensor([-1.0, -1 + 6e-8, 1 - 6e-8, 1.0], requires_grad=True)
+    assert torch.isfinite(torch.autograd.grad(MARGINS[name](cosines, "exact").sum(), cosines)[0]).all()
+
+
 def test_zero_margin_is_the_cosine():
     cosines = torch.linspace(-0.99, 0.99, 50, dtype=torch.float64)
     torch.testing.assert_close(arc_margin(cosines, 0.0), cosines)
+    torch.testing.assert_close(cos_margin(cosines, 0.0), cosines)
+    torch.testing.assert_close(combined_margin(cosines, 1.0, 0.0, 0.0), cosines)
     torch.testing.assert_close(ada_margin(cosines, 0.0, torch.zeros(50)), cosines)
+
+
+@pytest.mark.parametrize(("m1", "m2", "m3"), [(1.0, 0.5, 0.0), (1.0, 0.3, 0.2), (1.35, 0.2, 0.1), (4.0, 1.5, 0.0)])
+@pytest.mark.parametrize("theta", ANGLES)
+def test_combined_value(theta, m1, m2, m3):
+    found = combined_margin(cosines_at(theta), m1, m2, m3).item()
+    assert found == pytest.approx(psi(m1 * theta + m2) - m3, abs=1e-5)
+    plain = combined_margin(cosines_at(theta), m1, m2, m3, continuation="plain").item()
+    assert plain == pytest.approx(math.cos(m1 * theta + m2) - m3, abs=1e-5)
+
+
+def test_combined_has_arcface_and_cosface_as_its_corners():
+    cosines = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(combined_margin(cosines, 1.0, 0.5, 0.0), arc_margin(cosines, 0.5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(combined_margin(cosines, 1.0, 0.0, 0.4), cos_margin(cosines, 0.4), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [0.0, 5.0, 20.0, 45.0, 1e6])
@@ -63,147 +132,36 @@ def test_adaface_value(norm, theta):
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
-def oracle_losses(embeddings, weights, labels, s, margin):
-    """Softmax cross-entropy in float64, the logits written out one by one."""
-    unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    centres = weights / np.linalg.norm(weights, axis=1, keepdims=True)
-    losses = []
-    for row, label in zip(unit, labels, strict=True):
-        logits = [s * float(row @ centre) for centre in centres]
-        logits[label] = s * arcface(math.acos(max(-1, min(1, logits[label] / s))), margin)
-        top = max(logits)
-        losses.append(top + math.log(sum(math.exp(v - top) for v in logits)) - logits[label])
-    return np.array(losses)
+def test_adaface_is_a_fixed_margin_at_the_mean_and_at_the_ends():
+    cosines = torch.linspace(-0.9, 0.9, 30, dtype=torch.float64)
+    scalers = {-1.0: arc_margin(cosines, 0.4), 0.0: cos_margin(cosines, 0.4)}
+    for scaler, expected in scalers.items():
+        torch.testing.assert_close(ada_margin(cosines, 0.4, torch.tensor(scaler)), expected, rtol=0, atol=1e-6)
 
 
-def make_head(kind=ArcFaceConfig, classes=23, dim=12, **settings):
-    tag = "arcface" if kind is ArcFaceConfig else "adaface"
-    settings = {"logit_scale": 16.0, "margin": 0.4} | settings
-    return build_head(kind(kind=tag, **settings), num_classes=classes, embedding_dim=dim, seed=1)
+@pytest.mark.parametrize(("norm", "margin"), [(0.0, 0.45), (10.0, 0.45), (60.0, 0.625), (110.0, 0.8), (1e9, 0.8)])
+def test_magface_margin(norm, margin):
+    found = mag_margins(torch.tensor([norm]), (10.0, 110.0), (0.45, 0.8))
+    assert found.item() == pytest.approx(margin, rel=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 8192])
-@pytest.mark.parametrize("batch", [1, 9])
-def test_loss_equals_the_oracle_for_any_chunk(chunk, batch):
-    head = make_head(chunk_classes=chunk)
-    generator = torch.Generator().manual_seed(2)
-    embeddings = 7 * torch.randn(batch, 12, generator=generator)
-    labels = torch.randint(0, 23, (batch,), generator=generator)
-    expected = oracle_losses(embeddings.double().numpy(), head.weight.detach().double().numpy(), labels, 16.0, 0.4)
-    np.testing.assert_allclose(head.losses(embeddings, labels, step=0).detach(), expected, rtol=2e-5)
+def test_magface_regulariser_falls_up_to_the_largest_norm_and_ends_flat():
+    norms = torch.linspace(10, 110, 101, dtype=torch.float64, requires_grad=True)
+    value = mag_regulariser(norms, (10.0, 110.0))
+    (slope,) = torch.autograd.grad(value.sum(), norms)
+    assert (value.diff() < 0).all()
+    torch.testing.assert_close(slope, 1 / 110**2 - 1 / norms.detach().square(), rtol=1e-9, atol=1e-12)
+    outside = torch.tensor([3.0, 500.0], requires_grad=True)
+    assert not torch.autograd.grad(mag_regulariser(outside, (10.0, 110.0)).sum(), outside)[0].any()
 
 
-@pytest.mark.parametrize("chunk", [4, 8192])
-def test_gradients_equal_autograd_of_the_plain_formula_in_float64(chunk):
-    head = make_head(chunk_classes=chunk)
-    generator = torch.Generator().manual_seed(3)
-    embeddings = torch.randn(9, 12, generator=generator, requires_grad=True)
-    labels = torch.randint(0, 23, (9,), generator=generator)
-    head(embeddings, labels, step=0).backward()
-    e = embeddings.detach().double().requires_grad_()
-    w = head.weight.detach().double().requires_grad_()
-    cosines = torch.nn.functional.normalize(e) @ torch.nn.functional.normalize(w).T
-    rows = torch.arange(9)
-    shifted = torch.cos(torch.acos(cosines[rows, labels]) + 0.4)
-    logits = 16.0 * cosines.index_put((rows, labels), shifted)
-    torch.nn.functional.cross_entropy(logits, labels).backward()
-    # fp32 sums of 12 and 23 terms against float64
-    torch.testing.assert_close(embeddings.grad.double(), e.grad, rtol=2e-4, atol=1e-6)
-    torch.testing.assert_close(head.weight.grad.double(), w.grad, rtol=2e-4, atol=1e-5)
+def test_magface_target_pulls_the_norm_down_and_the_regulariser_up():
+    norms = torch.tensor([40.0], requires_grad=True)
+    target = arc_margin(torch.tensor([0.5]), mag_margins(norms, (10.0, 110.0), (0.45, 0.8)), continuation="easy")
+    (slope,) = torch.autograd.grad(target.sum(), norms)
+    assert slope.item() == pytest.approx(-math.sin(math.acos(0.5) + 0.45 + 0.0035 * 30) * 0.0035, rel=1e-5)
 
 
-def test_zero_embedding_gives_a_finite_loss_and_gradient():
-    for kind in (ArcFaceConfig, AdaFaceConfig):
-        head = make_head(kind)
-        embeddings = torch.zeros(2, 12, requires_grad=True)
-        head(embeddings, torch.tensor([0, 1]), step=0).backward()
-        assert torch.isfinite(embeddings.grad).all()
-        assert torch.isfinite(head.weight.grad).all()
-
-
-def test_embedding_on_its_centre_and_opposite_to_it():
-    head = make_head()
-    for sign in (1.0, -1.0):
-        embeddings = (sign * head.weight.detach()[:2]).clone().requires_grad_()
-        loss = head(embeddings, torch.tensor([0, 1]), step=0)
-        loss.backward()
-        assert torch.isfinite(loss)
-        assert torch.isfinite(embeddings.grad).all()
-
-
-def test_adaface_statistics_follow_training_but_not_the_attack():
-    head = make_head(AdaFaceConfig, statistics_momentum=0.1)
-    embeddings = 4 * torch.randn(8, 12)
-    norms = embeddings.norm(dim=1)
-    head(embeddings, torch.zeros(8, dtype=torch.int64), step=0, update_statistics=False)
-    assert (float(head.norm_mean), float(head.norm_std)) == (20.0, 100.0)
-    head(embeddings, torch.zeros(8, dtype=torch.int64), step=0)
-    assert float(head.norm_mean) == pytest.approx(0.9 * 20 + 0.1 * float(norms.mean()))
-    assert float(head.norm_std) == pytest.approx(0.9 * 100 + 0.1 * float(norms.std()))
-
-
-def test_adaface_with_a_single_image_keeps_its_spread():
-    head = make_head(AdaFaceConfig)
-    head(torch.randn(1, 12), torch.zeros(1, dtype=torch.int64), step=0)
-    assert float(head.norm_std) == 100.0
-
-
-def test_attack_pass_gives_the_centres_no_gradient():
-    head = make_head()
-    embeddings = torch.randn(4, 12, requires_grad=True)
-    head(embeddings, torch.arange(4), step=0, update_statistics=False).backward()
-    assert head.weight.grad is None or not head.weight.grad.any()
-    assert embeddings.grad.abs().sum() > 0
-
-
-def test_sampling_keeps_positives_updates_only_the_sample_and_repeats():
-    def trained(step):
-        head = make_head(classes=200, sample_rate=0.1)
-        optimizer = HeadSGD(head, momentum=0.9, weight_decay=1e-2)
-        before = head.weight.detach().clone()
-        head(torch.randn(6, 12, generator=torch.Generator().manual_seed(0)), torch.arange(6) * 30, step=step).backward()
-        sampled = head.sampled
-        optimizer.step(0.1)
-        return sampled, (head.weight.detach() != before).any(1).nonzero().squeeze(1)
-
-    sampled, changed = trained(0)
-    assert len(sampled) == 20
-    assert set((torch.arange(6) * 30).tolist()) <= set(sampled.tolist())
-    assert torch.equal(sampled, changed)
-    assert torch.equal(trained(0)[0], sampled)
-    assert not torch.equal(trained(1)[0], sampled)
-
-
-def test_head_sgd_equals_torch_sgd():
-    head = make_head()
-    twin = torch.nn.Parameter(head.weight.detach().clone())
-    optimizer = HeadSGD(head, momentum=0.9, weight_decay=5e-4)
-    reference = torch.optim.SGD([twin], lr=0.1, momentum=0.9, weight_decay=5e-4)
-    for step in range(4):
-        gradient = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(step))
-        head.weight.grad, twin.grad = gradient.clone(), gradient.clone()
-        optimizer.step(0.1)
-        reference.step()
-    torch.testing.assert_close(head.weight.detach(), twin.detach(), rtol=1e-6, atol=1e-7)
-
-
-def test_first_weights_do_not_depend_on_the_ranks():
-    whole = make_head(classes=9000).weight
-    for world in (2, 3):
-        parts = [
-            build_head(whole_config(), num_classes=9000, embedding_dim=12, seed=1, rank=rank, world_size=world).weight
-            for rank in range(world)
-        ]
-        assert torch.equal(torch.cat(parts), whole)
-
-
-def whole_config():
-    return ArcFaceConfig(kind="arcface", logit_scale=16.0, margin=0.4)
-
-
-def test_class_ranges_cover_every_class_once():
-    for classes, world in ((10, 3), (7, 7), (100, 8)):
-        ranges = [class_range(classes, rank, world) for rank in range(world)]
-        assert [i for start, stop in ranges for i in range(start, stop)] == list(range(classes))
-    with pytest.raises(ConfigError, match="2 classes cannot be shared out over 3 ranks"):
-        class_range(2, 0, 3)
+@pytest.mark.parametrize("theta", ANGLES)
+def test_shifted_cosines_have_no_continuation(theta):
+    assert shifted_cosines(cosines_at(theta), 0.5).item() == pytest.approx(math.cos(theta + 0.5), abs=2e-6)

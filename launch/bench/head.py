@@ -1,0 +1,237 @@
+"""The classifier: time and memory of plain, chunked and sampled heads, against arcface_torch's arithmetic.
+
+One forward and backward pass of ArcFace with a straight-through margin, which all of them compute. Times are CPU times
+of one thread, variants interleaved; memory is what a process needs beyond the centres and the embeddings, each variant
+in a process of its own. `--full` adds the head of WebFace12M (617,970 classes) with its optimiser, which takes about
+5 GiB.
+"""
+
+import argparse
+import functools
+import logging
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launch.bench.head_ranks import expected_bytes, traffic
+from launch.bench.measure import PeakMemory, interleave, ratio
+from launch.bench.output import Report, measured
+
+_DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
+_FULL_CLASSES, _FULL_BATCH = 617_970, 1024
+#: name -> settings of our head
+_OURS: dict[str, dict[str, Any]] = {
+    "chunked fp32": {},
+    "chunked bf16": {"logit_precision": "bf16"},
+    "sampled 0.3": {"sample_rate": 0.3},
+    "sampled 0.1": {"sample_rate": 0.1},
+    "sampled 0.3 bf16": {"sample_rate": 0.3, "logit_precision": "bf16"},
+    "sampled 0.1 bf16": {"sample_rate": 0.1, "logit_precision": "bf16"},
+}
+_PEERS: dict[str, dict[str, Any]] = {
+    "arcface_torch": {},
+    "arcface_torch 0.3": {"sample_rate": 0.3},
+    "arcface_torch 0.1": {"sample_rate": 0.1},
+}
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--batch", type=int, default=1024, metavar="N", help="images of the global batch (%(default)s)")
+    parser.add_argument("--classes", type=int, default=50_000, metavar="C", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="counted rounds (%(default)s)")
+    parser.add_argument("--full", action="store_true", help="memory at 617,970 classes too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    import torch
+
+    torch.set_num_threads(1)
+    settings = {"batch": args.batch, "classes": args.classes, "dim": _DIM, "rounds": args.rounds, "threads": 1}
+    report = Report("head", ("torch", "numpy"), settings)
+    _agreement(report, args.batch, args.classes)
+    _times(report, args.batch, args.classes, args.rounds)
+    _memory(report, args.batch, args.classes)
+    if args.full:
+        _full_size(report)
+    _exchanges(report)
+    report.write(args.out)
+    return 0
+
+
+def _variants(batch: int, classes: int) -> Mapping[str, Callable[[], "Pass"]]:
+    names = ["arcface_torch", "plain", *_OURS, "arcface_torch 0.3", "arcface_torch 0.1"]
+    return {name: functools.partial(Pass, name, batch, classes) for name in names}
+
+
+class Pass:
+    """Inputs of one variant, the same for all, and its forward and backward pass."""
+
+    def __init__(self, name: str, batch: int, classes: int) -> None:
+        import torch
+
+        from aroface.config.head import ArcFaceConfig
+        from aroface.heads import build_head
+
+        self.name = name
+        config = ArcFaceConfig(
+            kind="arcface",
+            logit_scale=_SCALE,
+            margin=_MARGIN,
+            margin_gradient="straight_through",
+            continuation="plain",
+            **_OURS.get(name, {}),
+        )
+        self.head = build_head(config, num_classes=classes, embedding_dim=_DIM, seed=0)
+        generator = torch.Generator().manual_seed(0)
+        self.embeddings = torch.randn(batch, _DIM, generator=generator, requires_grad=True)
+        self.labels = torch.randint(0, classes, (batch,), generator=generator)
+
+    def __call__(self) -> float:
+        """One pass; returns the loss and leaves the gradients."""
+        import torch
+
+        from launch.bench.head_peer import peer_loss, plain_loss
+
+        weights = self.head.weight
+        weights.grad = self.embeddings.grad = None
+        if self.name in _PEERS:
+            loss = peer_loss(self.embeddings, weights, self.labels, scale=_SCALE, margin=_MARGIN, **_PEERS[self.name])
+        elif self.name == "plain":
+            loss = plain_loss(self.embeddings, weights, self.labels, scale=_SCALE, margin=_MARGIN)
+        else:
+            loss = self.head(self.embeddings, self.labels, step=0)
+        torch.autograd.backward([loss])
+        return loss.item()
+
+
+def _agreement(report: Report, batch: int, classes: int) -> None:
+    """Loss and gradients of ours beside arcface_torch's, as shares of the latter."""
+    import torch
+
+    def outcome(name: str) -> tuple[float, "torch.Tensor", "torch.Tensor"]:
+        work = Pass(name, batch, classes)
+        loss = work()
+        assert work.embeddings.grad is not None and work.head.weight.grad is not None  # noqa: S101, PT018
+        return loss, work.embeddings.grad, work.head.weight.grad
+
+    loss, *gradients = outcome("arcface_torch")
+    for name, most in (("plain", 1e-5), ("chunked fp32", 1e-5), ("chunked bf16", None)):
+        own, *others = outcome(name)
+        report.add(f"{name}, loss off by", abs(own - loss) / loss, "of it", at_most=most)
+        for what, mine, peer in zip(("embeddings", "centres"), others, gradients, strict=True):
+            share = float((mine - peer).norm() / peer.norm())
+            report.add(f"{name}, gradient of {what} off by", share, "of its norm", at_most=most)
+
+
+def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
+    passes = {name: make() for name, make in _variants(batch, classes).items()}
+
+    def work(one: Pass) -> int:
+        one()
+        # the next variant is not to find memory that this one could have kept from it
+        one.head.weight.grad = one.embeddings.grad = None
+        return batch
+
+    found = interleave(
+        {name: functools.partial(work, one) for name, one in passes.items()},
+        rounds=rounds,
+        on_round=lambda name, number: logger.info("%s, round %d", name, number),
+    )
+    by_name = {measurement.name: measurement for measurement in found}
+    for name, measurement in by_name.items():
+        report.add(f"{name}, CPU time", measurement.cpu_s, "s")
+    goals = {"chunked fp32": 1.5, "chunked bf16": 2.5}
+    for name in ("plain", *_OURS):
+        speed = ratio(by_name[name], by_name["arcface_torch"])
+        report.add(f"{name}, speed of arcface_torch", speed, "x", at_least=goals.get(name))
+    for rate in ("0.3", "0.1"):
+        for suffix in ("", " bf16"):
+            speed = ratio(by_name[f"sampled {rate}{suffix}"], by_name[f"arcface_torch {rate}"])
+            report.add(f"sampled {rate}{suffix}, speed of arcface_torch sampled", speed, "x")
+    report.details["times"] = {name: measured(measurement) for name, measurement in by_name.items()}
+
+
+def _memory(report: Report, batch: int, classes: int) -> None:
+    """Peak memory beyond the inputs; of it the gradient of the centres, which an optimiser needs."""
+    gradient = 4 * classes * _DIM
+    extra = {}
+    for name in _variants(batch, classes):
+        whole = _in_process(_pass_memory, name, batch, classes)
+        rate = _OURS.get(name, _PEERS.get(name, {})).get("sample_rate", 1.0)
+        # arcface_torch's sampling spreads the gradient over all centres again, ours stays with the sampled rows
+        extra[name] = whole - (gradient if name in _PEERS else gradient * rate)
+        report.add(f"{name}, memory over inputs", whole / 2**20, "MiB")
+        report.add(f"{name}, of it without the gradient of the centres", extra[name] / 2**20, "MiB")
+    for name in ("chunked fp32", "chunked bf16"):
+        share = extra[name] / extra["arcface_torch"]
+        report.add(f"{name}, memory without that gradient, of arcface_torch's", share, "", at_most=0.1)
+
+
+def _full_size(report: Report) -> None:
+    """One step with the optimiser at 617,970 classes; beyond centres, momentum and gradient it is the head's own."""
+    need = 3 * 4 * _FULL_CLASSES * _DIM
+    for name in ("chunked fp32", "chunked bf16", "sampled 0.1 bf16"):
+        for batch in (_FULL_BATCH, 2 * _FULL_BATCH) if name == "chunked bf16" else (_FULL_BATCH,):
+            peak = _in_process(_step_memory, name, batch, _FULL_CLASSES)
+            title = f"{name}, {batch:,} x {_FULL_CLASSES:,}"
+            report.add(f"{title}, memory of a step", peak / 2**30, "GiB")
+            if "sampled" not in name:
+                report.add(f"{title}, over centres, momentum, gradient", (peak - need) / 2**20, "MiB")
+
+
+def _exchanges(report: Report) -> None:
+    """Collectives and bytes over two gloo processes; CurricularFace shares the target cosines too."""
+    for kind, most in (("arcface", 3), ("adaface", 3), ("curricularface", 4)):
+        calls, size = traffic(kind, ranks=2, images=64)
+        wanted = expected_bytes(kind, ranks=2, images=64)
+        report.add(f"{kind}, collectives a step", calls, "", at_most=most)
+        report.add(f"{kind}, bytes of them, off the formula by", abs(size / wanted - 1), "", at_most=0.01)
+
+
+def _in_process(work: Callable[[str, int, int], int], name: str, batch: int, classes: int) -> int:
+    logger.info("memory of %s at %d x %d", name, batch, classes)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, name, batch, classes).result()
+
+
+def _pass_memory(name: str, batch: int, classes: int) -> int:
+    """Bytes beyond the inputs at the worst moment of the second pass; the first loads libraries."""
+    import torch
+
+    torch.set_num_threads(1)
+    Pass(name, 8, 64)()
+    work = Pass(name, batch, classes)
+    return _peak_over(work)
+
+
+def _step_memory(name: str, batch: int, classes: int) -> int:
+    """Bytes of centres, momentum, gradient and all else in one step, from before any of it exists."""
+    import torch
+
+    from aroface.heads import HeadSGD
+
+    torch.set_num_threads(1)
+    Pass(name, 8, 64)()
+
+    def step() -> None:
+        work = Pass(name, batch, classes)
+        optimizer = HeadSGD(work.head, momentum=0.9, weight_decay=5e-4)
+        work()
+        optimizer.step(0.1)
+
+    return _peak_over(step)
+
+
+def _peak_over(work: Callable[[], object]) -> int:
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        work()
+    return peak.bytes - before.bytes
