@@ -12,7 +12,7 @@ from aroface.alignment import Alignment, find_worst, frozen_statistics, warp
 from aroface.alignment.attack import random_corner
 from aroface.config import TrainConfig, parse_config
 from aroface.engine.checkpoint import load_head, load_weights
-from aroface.engine.checkpoint_layout import read_state, resolve_checkpoint
+from aroface.engine.checkpoint_layout import read_training_state, resolve_checkpoint
 from aroface.engine.seeding import derive_generator
 from aroface.engine.task import contract_of
 from aroface.heads import build_head
@@ -50,7 +50,7 @@ def run_attack(run: Path, *, shards: Path | None, count: int, seed: int) -> Atta
         DataError: the shards are not there.
     """
     directory = resolve_checkpoint(run)
-    config = parse_config(read_state(directory)["config"], TrainConfig, name=f"{directory}/state.json")
+    config = parse_config(read_training_state(directory)["config"], TrainConfig, name=f"{directory}/state.json")
     data_config = config.data if shards is None else config.data.model_copy(update={"shards": str(shards)})
     data = open_training_data(data_config, image_size=config.model.image_size)
     backbone = build_backbone(config.model)

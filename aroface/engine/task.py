@@ -12,7 +12,7 @@ from aroface.augment import augment
 from aroface.config.schema import TrainConfig
 from aroface.contract import InputContract
 from aroface.engine.deepspeed_engine import BackboneEngine
-from aroface.engine.seeding import derive_generator
+from aroface.engine.seeding import derive_generator, derive_seed
 from aroface.heads import ShardedHead
 from aroface.preprocess import normalise
 from aroface.types import Batch
@@ -50,6 +50,7 @@ class FaceTask:
         self.config, self.engine, self.head = config, engine, head
         self.contract = contract_of(config)
         self._device, self._rank = device, rank
+        self._draws_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in engine.module.modules())
 
     def __call__(self, batch: Batch, *, step: int, micro_step: int) -> StepOutput:
         """Loss of a micro-batch.
@@ -76,6 +77,8 @@ class FaceTask:
                 ).images
         attack_s = time.perf_counter() - started
         layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
+            torch.manual_seed(derive_seed(config.seed, "dropout", step=micro_step, rank=self._rank))
         embeddings = self.engine(images.contiguous(memory_format=layout))
         return StepOutput(self.head(embeddings, labels, step=step), attack_s)
 

@@ -14,7 +14,13 @@ import torch
 
 from aroface.config.schema import TrainConfig
 from aroface.distributed import any_rank, barrier, rank, world_size
-from aroface.engine.checkpoint import RunPosition, load_backbone, restore_optimizers, save_checkpoint
+from aroface.engine.checkpoint import (
+    RunPosition,
+    initial_checkpoint,
+    load_backbone,
+    restore_optimizers,
+    save_checkpoint,
+)
 from aroface.engine.deepspeed_engine import BackboneEngine, NonFiniteGradientError, start_distributed
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
 from aroface.engine.prefetch import on_device
@@ -80,8 +86,10 @@ class Trainer:
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "backbone weights"))
         backbone = build_backbone(config.model)
-        if directory:
-            load_backbone(directory, backbone)
+        source = directory or initial_checkpoint(config)
+        if source:
+            load_backbone(source, backbone)
+            logger.info("The weights are those of %s.", source)
         # The weights stay contiguous, for DeepSpeed flattens them; the layout of the images decides that of the rest.
         self._engine = BackboneEngine(backbone.to(self.device), config, self._world)
         self._head = build_head(
@@ -110,7 +118,7 @@ class Trainer:
         """Two lines on what will run."""
         config, parameters = self.config, sum(p.numel() for p in self._engine.module.parameters())
         return (
-            f"{config.model.kind}-{config.model.depth} with {parameters / 1e6:.2f} M parameters, {config.head.kind}, "
+            f"{config.model.name} with {parameters / 1e6:.2f} M parameters, {config.head.kind}, "
             f"alignment {config.alignment.kind}; {self._data.num_samples} images of {self._data.num_classes} "
             "identities\n"
             f"{self.total_steps} steps: micro-batch {self._micro_batch} x accumulation {self._accumulation} x "

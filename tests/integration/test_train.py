@@ -31,10 +31,11 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, drawn_shards, stage):
+@pytest.mark.parametrize(("stage", "dropout"), [(0, 0.0), (1, 0.0), (1, 0.4)])
+def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, drawn_shards, stage, dropout):
     """Weights, momentum, norm statistics and losses, with attack, augmentation and accumulation on."""
-    settings = [f"engine.zero_stage={stage}", "schedule.epochs=2"]  # 9 steps of 16 images
+    # 9 steps of 16 images
+    settings = [f"engine.zero_stage={stage}", "schedule.epochs=2", f"model.dropout={dropout}"]
     assert train(tmp_path / "whole", drawn_shards, *settings) == 0
     assert train(tmp_path / "halves", drawn_shards, *settings) == 0
     last = tmp_path / "halves" / "step-00000009"
