@@ -22,7 +22,15 @@ from aroface.files import sha256_of
 from aroface.models import Backbone, build_backbone
 from aroface.preprocess import normalise
 
-__all__ = ["InferencePrecision", "TorchEmbedder", "TrainedModel", "load_embedder", "load_model", "untrained_model"]
+__all__ = [
+    "InferencePrecision",
+    "TorchEmbedder",
+    "TrainedModel",
+    "load_embedder",
+    "load_model",
+    "read_description",
+    "untrained_model",
+]
 
 InferencePrecision = Literal["fp32", "bf16"]
 
@@ -115,7 +123,7 @@ def load_model(path: Path) -> TrainedModel:
         CheckpointError: no whole checkpoint there, or its parts do not belong together.
     """
     directory = resolve_checkpoint(path)
-    config, contract = _read_description(directory)
+    config, contract = read_description(directory)
     backbone = build_backbone(config)
     weights = directory / BACKBONE_FILE
     try:
@@ -133,14 +141,19 @@ def untrained_model(path: Path, *, seed: int = 0) -> TrainedModel:
 
     Torch's global generator is left as it was.
     """
-    config, contract = _read_description(resolve_checkpoint(path))
+    config, contract = read_description(resolve_checkpoint(path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_backbone(config)
     return TrainedModel(backbone.eval(), contract, config.name, "untrained")
 
 
-def _read_description(directory: Path) -> tuple[ModelConfig, InputContract]:
+def read_description(directory: Path) -> tuple[ModelConfig, InputContract]:
+    """Backbone settings and input contract of a checkpoint, trained here or imported.
+
+    Raises:
+        CheckpointError: its state.json lacks them or contradicts itself.
+    """
     state = read_state(directory)
     missing = [] if "contract" in state else ["contract"]
     if "config" not in state and "model" not in state:

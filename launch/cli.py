@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("launch.cmd_verify", "decode, hash and count every sample of a shard directory"),
     "train": ("launch.cmd_train", "train a model from one configuration file"),
     "attack": ("launch.cmd_attack", "show what the alignment attack does to training images"),
+    "import": ("launch.cmd_import", "weights of arcface_torch, AdaFace, CVLface -> checkpoint, and back"),
     "export": ("launch.cmd_export", "checkpoint -> ONNX, with a parity gate"),
     "embed": ("launch.cmd_embed", "images -> embeddings (.npz), with a checkpoint or an ONNX file"),
     "gallery": ("launch.cmd_gallery", "build, search and inspect a gallery"),
