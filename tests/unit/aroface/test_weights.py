@@ -300,7 +300,7 @@ def _without(shapes: dict, name: str) -> dict:
         (_without(NARROW_IRESNET, "layer2.1.bn2.bias"), r"layer2\.1\.bn2\.bias \(16,\) is missing"),
         (
             NARROW_IRESNET | {"layer2.0.conv1.weight": (16, 8, 1, 1)},
-            r"conv1\.weight has the shape \(16, 8, 1, 1\) instead",
+            r"conv1\.weight has the shape \(16, 8, 1, 1\)",
         ),
         (NARROW_IRESNET | {"layer5.0.prelu.weight": (3,)}, r"layer5\.0\.prelu\.weight \(3,\) has no place"),
     ],
