@@ -13,15 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from aroface.config.load import parse_config
+from aroface.config.model import ModelSection
 from aroface.config.schema import ModelConfig, TrainConfig
 from aroface.contract import InputContract
 from aroface.engine.checkpoint_layout import BACKBONE_FILE, STATE_FILE, read_state, resolve_checkpoint
 from aroface.errors import CheckpointError
 from aroface.files import sha256_of
-from aroface.models import IResNet, build_backbone
+from aroface.models import Backbone, build_backbone
 from aroface.preprocess import normalise
 
-__all__ = ["InferencePrecision", "TorchEmbedder", "TrainedModel", "load_embedder", "load_model", "untrained_model"]
+__all__ = [
+    "InferencePrecision",
+    "TorchEmbedder",
+    "TrainedModel",
+    "load_embedder",
+    "load_model",
+    "read_description",
+    "untrained_model",
+]
 
 InferencePrecision = Literal["fp32", "bf16"]
 
@@ -30,7 +39,7 @@ InferencePrecision = Literal["fp32", "bf16"]
 class TrainedModel:
     """A backbone in evaluation mode with what has to travel with it."""
 
-    backbone: IResNet
+    backbone: Backbone
     contract: InputContract
     name: str  #: such as `iresnet100`
     weights_sha256: str  #: of backbone.safetensors; `untrained` where there is none
@@ -114,7 +123,7 @@ def load_model(path: Path) -> TrainedModel:
         CheckpointError: no whole checkpoint there, or its parts do not belong together.
     """
     directory = resolve_checkpoint(path)
-    config, contract = _read_description(directory)
+    config, contract = read_description(directory)
     backbone = build_backbone(config)
     weights = directory / BACKBONE_FILE
     try:
@@ -124,7 +133,7 @@ def load_model(path: Path) -> TrainedModel:
             f"{weights} does not hold the weights of the {config.kind} in its state.json ({error}). "
             "Take a checkpoint that training wrote, and do not mix files of two checkpoints."
         ) from error
-    return TrainedModel(backbone.eval(), contract, _name(config), sha256_of(weights))
+    return TrainedModel(backbone.eval(), contract, config.name, sha256_of(weights))
 
 
 def untrained_model(path: Path, *, seed: int = 0) -> TrainedModel:
@@ -132,21 +141,33 @@ def untrained_model(path: Path, *, seed: int = 0) -> TrainedModel:
 
     Torch's global generator is left as it was.
     """
-    config, contract = _read_description(resolve_checkpoint(path))
+    config, contract = read_description(resolve_checkpoint(path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_backbone(config)
-    return TrainedModel(backbone.eval(), contract, _name(config), "untrained")
+    return TrainedModel(backbone.eval(), contract, config.name, "untrained")
 
 
-def _read_description(directory: Path) -> tuple[ModelConfig, InputContract]:
+def read_description(directory: Path) -> tuple[ModelConfig, InputContract]:
+    """Backbone settings and input contract of a checkpoint, trained here or imported.
+
+    Raises:
+        CheckpointError: its state.json lacks them or contradicts itself.
+    """
     state = read_state(directory)
-    missing = [key for key in ("config", "contract") if key not in state]
+    missing = [] if "contract" in state else ["contract"]
+    if "config" not in state and "model" not in state:
+        missing.append("config")
     if missing:
         raise CheckpointError(
-            f"{directory / STATE_FILE} lacks {' and '.join(missing)}; take a checkpoint that `aroface train` wrote."
+            f"{directory / STATE_FILE} lacks {' and '.join(missing)}; take a checkpoint that `aroface train` or "
+            "`aroface import` wrote."
         )
-    config = parse_config(state["config"], TrainConfig, name=f"{directory / STATE_FILE}, config").model
+    name = str(directory / STATE_FILE)
+    if "config" in state:
+        config = parse_config(state["config"], TrainConfig, name=f"{name}, config").model
+    else:
+        config = parse_config({"model": state["model"]}, ModelSection, name=name).model
     try:
         contract = InputContract.model_validate(state["contract"])
     except ValidationError as error:
@@ -157,8 +178,3 @@ def _read_description(directory: Path) -> tuple[ModelConfig, InputContract]:
             f"config.model.image_size = {config.image_size}. Take a checkpoint that `aroface train` wrote."
         )
     return config, contract
-
-
-def _name(config: ModelConfig) -> str:
-    width = "" if config.width == 1 else f"-w{config.width:g}"
-    return f"{config.kind}{config.depth}{width}"

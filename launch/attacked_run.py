@@ -15,7 +15,7 @@ from aroface.augment import augment
 from aroface.config import TrainConfig, parse_config
 from aroface.config.schema import AlignmentConfig
 from aroface.engine.checkpoint import load_backbone, load_head
-from aroface.engine.checkpoint_layout import read_state, resolve_checkpoint
+from aroface.engine.checkpoint_layout import read_training_state, resolve_checkpoint
 from aroface.engine.seeding import derive_generator
 from aroface.engine.task import contract_of
 from aroface.heads import ShardedHead, build_head
@@ -121,7 +121,7 @@ def open_run(run: Path, *, shards: Path | None) -> TrainedRun:
         DataError: the shards are not there.
     """
     directory = resolve_checkpoint(run)
-    config = parse_config(read_state(directory)["config"], TrainConfig, name=f"{directory}/state.json")
+    config = parse_config(read_training_state(directory)["config"], TrainConfig, name=f"{directory}/state.json")
     data_config = config.data if shards is None else config.data.model_copy(update={"shards": str(shards)})
     data = open_training_data(data_config, image_size=config.model.image_size)
     backbone = build_backbone(config.model)

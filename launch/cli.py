@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("launch.cmd_train", "train a model from one configuration file"),
     "study": ("launch.cmd_study", "compare alignment attacks by many small trainings"),
     "attack": ("launch.cmd_attack", "show what the alignment attack does to training images"),
+    "import": ("launch.cmd_import", "weights of arcface_torch, AdaFace, CVLface -> checkpoint, and back"),
     "export": ("launch.cmd_export", "checkpoint -> ONNX, with a parity gate"),
     "embed": ("launch.cmd_embed", "images -> embeddings (.npz), with a checkpoint or an ONNX file"),
     "gallery": ("launch.cmd_gallery", "build, search and inspect a gallery"),

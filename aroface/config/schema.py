@@ -20,7 +20,7 @@ from aroface.config.head import (
     HeadConfig,
     MagFaceConfig,
 )
-from aroface.config.model import IResNetConfig, ModelConfig
+from aroface.config.model import IRConfig, IResNetConfig, MobileFaceNetConfig, ModelConfig, ViTConfig
 from aroface.config.section import Section
 
 __all__ = [
@@ -36,13 +36,16 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "HeadConfig",
+    "IRConfig",
     "IResNetConfig",
     "LogConfig",
     "MagFaceConfig",
+    "MobileFaceNetConfig",
     "ModelConfig",
     "OptimConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "ViTConfig",
 ]
 
 
@@ -68,7 +71,7 @@ class ScheduleConfig(Section):
 
     epochs: float = Field(gt=0, description="passes over the training set")
     warmup_epochs: float = Field(0.0, ge=0)
-    power: float = Field(2.0, gt=0, description="exponent of the decay; 2 in arcface_torch")
+    power: float = Field(2.0, gt=0, description="exponent of the decay; arcface_torch trains with 1")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

@@ -26,6 +26,8 @@ from aroface.engine.checkpoint_layout import (
     head_file,
     prune,
     read_state,
+    read_training_state,
+    resolve_checkpoint,
     start_checkpoint,
     step_directory,
     task_file,
@@ -33,11 +35,12 @@ from aroface.engine.checkpoint_layout import (
 )
 from aroface.engine.deepspeed_engine import BackboneEngine
 from aroface.engine.task import contract_of
-from aroface.errors import CheckpointError
+from aroface.errors import CheckpointError, ConfigError
 from aroface.heads import HeadSGD, ShardedHead
 
 __all__ = [
     "RunPosition",
+    "initial_checkpoint",
     "load_backbone",
     "load_head",
     "load_task_state",
@@ -183,9 +186,28 @@ def load_backbone(directory: Path, backbone: nn.Module) -> None:
     if wrong:
         raise CheckpointError(
             f"{directory / BACKBONE_FILE} is of another network: {len(wrong)} tensors differ, the first is {wrong[0]} "
-            f"with shape {saved.get(wrong[0])}, here {own.get(wrong[0])}. Set `model` as in its config.yaml."
+            f"with shape {saved.get(wrong[0])}, here {own.get(wrong[0])}. Set `model` as in its state.json."
         )
     backbone.load_state_dict(weights)
+
+
+def initial_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint that `model.init_from` names, None where a new run starts from random weights.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        ConfigError: its weights want other input than this run gives.
+    """
+    if config.model.init_from is None:
+        return None
+    directory = resolve_checkpoint(Path(config.model.init_from))
+    theirs, ours = read_state(directory).get("contract"), contract_of(config).model_dump(mode="json")
+    if theirs != ours:
+        raise ConfigError(
+            f"model.init_from = {config.model.init_from!r} holds weights for the input {theirs}; this run would give "
+            f"them {ours}. Set data.colour_order and model.image_size as the weights want them."
+        )
+    return directory
 
 
 def restore_optimizers(
@@ -196,7 +218,7 @@ def restore_optimizers(
     Raises:
         CheckpointError: the checkpoint was trained on other data or with another number of classes.
     """
-    state = read_state(directory)
+    state = read_training_state(directory)
     if state["num_classes"] != head.num_classes:
         raise CheckpointError(
             f"{directory} has {state['num_classes']} classes, the training set {head.num_classes}. "

@@ -34,6 +34,7 @@ __all__ = [
     "newest_valid",
     "prune",
     "read_state",
+    "read_training_state",
     "resolve_checkpoint",
     "start_checkpoint",
     "step_directory",
@@ -160,6 +161,23 @@ def read_state(directory: Path) -> dict[str, Any]:
         return read_json(directory / STATE_FILE)
     except DataError as error:
         raise CheckpointError(str(error)) from error
+
+
+def read_training_state(directory: Path) -> dict[str, Any]:
+    """The contents of state.json of a checkpoint that a run can go on from.
+
+    Raises:
+        CheckpointError: it holds weights only, as `aroface import` writes them.
+    """
+    state = read_state(directory)
+    if "config" not in state:
+        source = state.get("source", {}).get("file", "elsewhere")
+        raise CheckpointError(
+            f"{directory} holds weights only, imported from {source}: no class centres, no optimiser, no settings of a "
+            "run. It can be embedded with and exported, not resumed or attacked. To train from these weights, start a "
+            f"new run in another --run directory with model.init_from={directory}."
+        )
+    return state
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:

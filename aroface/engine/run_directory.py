@@ -8,7 +8,7 @@ from typing import Any, Literal
 from aroface.config import TrainConfig, dump_config
 from aroface.config.load import read_yaml
 from aroface.engine.checkpoint import git_commit, versions
-from aroface.engine.checkpoint_layout import list_checkpoints, newest_valid, resolve_checkpoint
+from aroface.engine.checkpoint_layout import list_checkpoints, newest_valid, read_training_state, resolve_checkpoint
 from aroface.errors import CheckpointError
 from aroface.files import atomic_path, write_json
 
@@ -28,7 +28,7 @@ def choose_checkpoint(run: Path, config: TrainConfig, resume: Literal["auto", "n
 
     Raises:
         CheckpointError: `never` on a directory that holds a run, a path without a checkpoint, only damaged checkpoints,
-            a run of another configuration, or one that has gone further than the checkpoint at the path.
+            weights without a run, a run of another configuration, or one that is ahead of the checkpoint at the path.
     """
     if resume == "never":
         if run.exists() and any(run.iterdir()):
@@ -40,9 +40,12 @@ def choose_checkpoint(run: Path, config: TrainConfig, resume: Literal["auto", "n
         _check_same(run / CONFIG_FILE, config)
     if isinstance(resume, Path):
         source = resolve_checkpoint(resume)
+        read_training_state(source)
         _check_not_behind(run, source)
         return source
     found = newest_valid(run)
+    if found is not None:
+        read_training_state(found)
     if found is None and list_checkpoints(run):
         raise CheckpointError(f"{run} holds checkpoints, but none is whole. Name another --run to start afresh.")
     if found is None and (run / CONFIG_FILE).is_file():

@@ -24,7 +24,7 @@ from aroface.contract import InputContract
 from aroface.distributed import all_reduce
 from aroface.engine.deepspeed_engine import BackboneEngine
 from aroface.engine.schedule import accumulation_steps
-from aroface.engine.seeding import derive_generator
+from aroface.engine.seeding import derive_generator, derive_seed
 from aroface.errors import ConfigError
 from aroface.heads import ShardedHead
 from aroface.preprocess import normalise
@@ -76,6 +76,7 @@ class FaceTask:
             if config.alignment.kind == "delayed"
             else None
         )
+        self._draws_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in engine.module.modules())
 
     def __call__(self, batch: Batch, *, step: int, micro_step: int) -> StepOutput:
         """Loss of a micro-batch.
@@ -93,6 +94,8 @@ class FaceTask:
         has_consistency = self.config.alignment.consistency_weight > 0 and len(aligned.warped) > 0
         target = self._clean_embeddings(aligned.clean) if has_consistency else None
         attack_s = time.perf_counter() - started
+        if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", step=micro_step, rank=self._rank))
         embeddings = self.engine(aligned.images)
         loss = self.head(embeddings, aligned.labels, step=step)
         if target is not None:

@@ -16,6 +16,7 @@ from aroface.config.schema import TrainConfig
 from aroface.distributed import any_rank, barrier, rank, world_size
 from aroface.engine.checkpoint import (
     RunPosition,
+    initial_checkpoint,
     load_backbone,
     load_task_state,
     restore_optimizers,
@@ -86,8 +87,10 @@ class Trainer:
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "backbone weights"))
         backbone = build_backbone(config.model)
-        if directory:
-            load_backbone(directory, backbone)
+        source = directory or initial_checkpoint(config)
+        if source:
+            load_backbone(source, backbone)
+            logger.info("The weights are those of %s.", source)
         # The weights stay contiguous, for DeepSpeed flattens them; the layout of the images decides that of the rest.
         self._engine = BackboneEngine(backbone.to(self.device), config, self._world)
         self._head = build_head(
@@ -117,7 +120,7 @@ class Trainer:
         """Two lines on what will run."""
         config, parameters = self.config, sum(p.numel() for p in self._engine.module.parameters())
         return (
-            f"{config.model.kind}-{config.model.depth} with {parameters / 1e6:.2f} M parameters, {config.head.kind}, "
+            f"{config.model.name} with {parameters / 1e6:.2f} M parameters, {config.head.kind}, "
             f"alignment {config.alignment.kind}; {self._data.num_samples} images of {self._data.num_classes} "
             "identities\n"
             f"{self.total_steps} steps: micro-batch {self._micro_batch} x accumulation {self._accumulation} x "

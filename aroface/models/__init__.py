@@ -1,20 +1,24 @@
 """Backbones: face crops (B, 3, S, S) to embeddings (B, D)."""
 
 from aroface.config.schema import ModelConfig
+from aroface.models.backbone import Backbone
+from aroface.models.ir import IRNet
 from aroface.models.iresnet import IResNet
+from aroface.models.mobilefacenet import MobileFaceNet
+from aroface.models.vit import VisionTransformer
 
-__all__ = ["IResNet", "build_backbone"]
+__all__ = ["Backbone", "IRNet", "IResNet", "MobileFaceNet", "VisionTransformer", "build_backbone"]
 
 
-def build_backbone(config: ModelConfig) -> IResNet:
+def build_backbone(config: ModelConfig) -> Backbone:
     """The backbone that `config` describes, freshly initialised from torch's global generator."""
+    settings = config.model_dump(exclude={"kind", "init_from"})
     match config.kind:
         case "iresnet":
-            return IResNet(
-                config.depth,
-                embedding_dim=config.embedding_dim,
-                image_size=config.image_size,
-                width=config.width,
-                dropout=config.dropout,
-                checkpoint_activations=config.checkpoint_activations,
-            )
+            return IResNet(**settings)
+        case "ir":
+            return IRNet(**settings)
+        case "mobilefacenet":
+            return MobileFaceNet(**settings)
+        case "vit":
+            return VisionTransformer(**settings)

@@ -11,12 +11,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from aroface.errors import ShapeError
+from aroface.models.backbone import Backbone
+from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
 from aroface.models.prelu import PReLU
 
-__all__ = ["BLOCKS_PER_STAGE", "IResNet"]
+__all__ = ["BLOCKS_PER_STAGE", "IResNet", "STAGE_CHANNELS", "conv3x3"]
 
 #: Residual blocks in each of the four stages, by depth.
 BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
@@ -27,12 +27,14 @@ BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
     200: (6, 26, 60, 6),
 }
 
-_STAGE_CHANNELS = (64, 128, 256, 512)
+#: Channels of the four stages at width 1.
+STAGE_CHANNELS = (64, 128, 256, 512)
 _BN_EPS = 1e-5
 _DOWNSAMPLING = 16  # four stages, each halves the side
 
 
-def _conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+    """3 x 3 convolution with padding and without bias."""
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
@@ -42,10 +44,10 @@ class IBasicBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in, eps=_BN_EPS)
-        self.conv1 = _conv3x3(channels_in, channels_out)
+        self.conv1 = conv3x3(channels_in, channels_out)
         self.bn2 = nn.BatchNorm2d(channels_out, eps=_BN_EPS)
         self.prelu = PReLU(channels_out)
-        self.conv2 = _conv3x3(channels_out, channels_out, stride)
+        self.conv2 = conv3x3(channels_out, channels_out, stride)
         self.bn3 = nn.BatchNorm2d(channels_out, eps=_BN_EPS)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or channels_in != channels_out:
@@ -62,7 +64,7 @@ class IBasicBlock(nn.Module):
         return result
 
 
-class IResNet(nn.Module):
+class IResNet(Backbone):
     """Face crops to embeddings, (B, 3, S, S) -> (B, embedding_dim).
 
     Args:
@@ -88,18 +90,15 @@ class IResNet(nn.Module):
         dropout: float = 0.0,
         checkpoint_activations: bool = False,
     ) -> None:
-        super().__init__()
-        if image_size < _DOWNSAMPLING:
-            raise ShapeError(
-                f"image_size = {image_size} px is too small for IResNet, whose four stages halve the side; "
-                f"use {_DOWNSAMPLING} px or more (112 is the field's size)."
-            )
-        self.image_size = image_size
-        self.embedding_dim = embedding_dim
-        self.checkpoint_activations = checkpoint_activations
-        channels = [max(8, round(c * width)) for c in _STAGE_CHANNELS]
+        super().__init__(
+            embedding_dim=embedding_dim,
+            image_size=image_size,
+            smallest=_DOWNSAMPLING,
+            checkpoint_activations=checkpoint_activations,
+        )
+        channels = [max(8, round(c * width)) for c in STAGE_CHANNELS]
         blocks = BLOCKS_PER_STAGE[depth]
-        self.conv1 = _conv3x3(3, channels[0])
+        self.conv1 = conv3x3(3, channels[0])
         self.bn1 = nn.BatchNorm2d(channels[0], eps=_BN_EPS)
         self.prelu = PReLU(channels[0])
         self.layer1 = self._stage(channels[0], channels[0], blocks[0])
@@ -108,8 +107,8 @@ class IResNet(nn.Module):
         self.layer4 = self._stage(channels[2], channels[3], blocks[3])
         self.bn2 = nn.BatchNorm2d(channels[3], eps=_BN_EPS)
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(channels[3] * math.ceil(image_size / _DOWNSAMPLING) ** 2, embedding_dim)
-        self.features = nn.BatchNorm1d(embedding_dim, eps=_BN_EPS)
+        self.fc = Fp32Linear(channels[3] * math.ceil(image_size / _DOWNSAMPLING) ** 2, embedding_dim)
+        self.features = Fp32BatchNorm1d(embedding_dim, eps=_BN_EPS)
         self._initialise()
 
     @staticmethod
@@ -128,20 +127,10 @@ class IResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, embedding_dim), float32 also under autocast."""
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ShapeError(
-                f"IResNet was built for images (B, 3, {self.image_size}, {self.image_size}), "
-                f"got {tuple(images.shape)}; set model.image_size or resize the images."
-            )
+        self._check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                x = self._run(block, x)
         x = self.dropout(torch.flatten(self.bn2(x), 1))
-        # The neck runs in fp32 (fp16 overflows on the 25,088-term sums of the published size).
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            embeddings: Tensor = self.features(self.fc(x.float()))
-            return embeddings
+        return in_fp32(x, self.fc, self.features)

@@ -31,11 +31,20 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("stage", "kind"), [(0, "adversarial"), (1, "adversarial"), (1, "delayed"), (1, "best_of")])
-def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, drawn_shards, stage, kind):
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [
+        (0, "alignment.kind=adversarial"),
+        (1, "alignment.kind=adversarial"),
+        (1, "alignment.kind=delayed"),
+        (1, "alignment.kind=best_of"),
+        (1, "model.dropout=0.4"),
+    ],
+)
+def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(tmp_path, drawn_shards, stage, setting):
     """Weights, momentum, norm statistics and losses, with attack, augmentation and accumulation on."""
     # 9 steps of 16 images
-    settings = [f"engine.zero_stage={stage}", "schedule.epochs=2", f"alignment.kind={kind}"]
+    settings = [f"engine.zero_stage={stage}", "schedule.epochs=2", setting]
     assert train(tmp_path / "whole", drawn_shards, *settings) == 0
     assert train(tmp_path / "halves", drawn_shards, *settings) == 0
     last = tmp_path / "halves" / "step-00000009"
