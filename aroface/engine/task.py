@@ -84,10 +84,10 @@ class FaceTask:
         with self._autocast():
             embeddings = self.engine.module(images.contiguous(memory_format=layout))
         loss: Tensor = self.head(embeddings, labels, step=step, update_statistics=False)
-        return loss
+        return loss * self.engine.scaler.scale
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.config.engine.precision == "bf16")
+        return self.engine.autocast()
 
     def _generator(self, purpose: str, micro_step: int) -> torch.Generator:
         return derive_generator(self.config.seed, purpose, step=micro_step, rank=self._rank, device=self._device)
