@@ -1,12 +1,26 @@
 """Collectives that are also right with one process and no process group."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-__all__ = ["all_gather_rows", "all_reduce", "any_rank", "barrier", "is_distributed", "rank", "world_size"]
+__all__ = [
+    "all_gather_rows",
+    "all_reduce",
+    "any_rank",
+    "any_rank_each",
+    "barrier",
+    "is_distributed",
+    "peer_failure",
+    "rank",
+    "share_out",
+    "world_size",
+]
 
 
 def is_distributed() -> bool:
@@ -38,10 +52,54 @@ def all_reduce(value: Tensor, operation: str = "sum") -> Tensor:
 
 def any_rank(condition: bool) -> bool:
     """Whether `condition` holds on at least one rank. A collective: all ranks call it."""
+    return any_rank_each([condition])[0]
+
+
+def any_rank_each(conditions: Sequence[bool]) -> tuple[bool, ...]:
+    """For each condition whether it holds on at least one rank. One collective, whatever their number."""
     if not is_distributed():
-        return condition
-    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"
-    return bool(all_reduce(torch.tensor(float(condition), device=device), "max").item())
+        return tuple(conditions)
+    values = torch.tensor([float(condition) for condition in conditions], device=_collective_device())
+    return tuple(value > 0 for value in all_reduce(values, "max").tolist())
+
+
+def _collective_device() -> torch.device:
+    """Where the process group wants its tensors."""
+    is_nccl = distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def share_out(rows: NDArray[np.float32], total: int) -> NDArray[np.float32]:
+    """Rows that were made by turns, put together: rank r of W gives rows r, r + W, ... of `total`, in order.
+
+    Args:
+        rows: (ceil((total - r) / W), D) of this rank.
+        total: N, the same on all ranks.
+
+    Returns:
+        (N, D), the same on all ranks. A collective.
+    """
+    if not is_distributed():
+        return rows
+    ranks = distributed.get_world_size()
+    most = -(-total // ranks)
+    padded = torch.zeros(most, rows.shape[1], device=_collective_device())
+    padded[: len(rows)] = torch.from_numpy(rows)
+    gathered = padded.new_empty((ranks * most, rows.shape[1]))
+    distributed.all_gather_into_tensor(gathered, padded)
+    by_turns = gathered.view(ranks, most, -1).transpose(0, 1).reshape(ranks * most, -1)
+    result: NDArray[np.float32] = by_turns[:total].cpu().numpy()
+    return result
+
+
+def peer_failure(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone or does not answer, rather than that something is wrong here."""
+    if isinstance(error, distributed.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out")
+    )
 
 
 def barrier() -> None:

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
-from safetensors import SafetensorError
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from aroface.config.load import parse_config
@@ -117,11 +117,16 @@ def load_embedder(
 
 
 def load_model(path: Path) -> TrainedModel:
-    """Backbone, contract and hash of a checkpoint, on the CPU and in evaluation mode.
+    """Backbone, contract and hash of a checkpoint or of a model.safetensors, on the CPU and in evaluation mode.
+
+    Args:
+        path: run directory, step directory, best.json of a run, or a model.safetensors by itself.
 
     Raises:
         CheckpointError: no whole checkpoint there, or its parts do not belong together.
     """
+    if path.suffix == ".safetensors" and path.is_file():
+        return _load_file(path)
     directory = resolve_checkpoint(path)
     config, contract = read_description(directory)
     backbone = build_backbone(config)
@@ -134,6 +139,24 @@ def load_model(path: Path) -> TrainedModel:
             "Take a checkpoint that training wrote, and do not mix files of two checkpoints."
         ) from error
     return TrainedModel(backbone.eval(), contract, config.name, sha256_of(weights))
+
+
+def _load_file(path: Path) -> TrainedModel:
+    """A file that carries network and contract in its metadata; nothing vouches for its bytes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        config = TypeAdapter[ModelConfig](ModelConfig).validate_json(metadata["model"])
+        contract = InputContract.model_validate_json(metadata["contract"])
+        backbone = build_backbone(config)
+        backbone.load_state_dict(load_file(path))
+    except (SafetensorError, KeyError, ValidationError, RuntimeError) as error:
+        reason = f"its metadata lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path} is no model by itself: {reason}. Take the model.safetensors of a checkpoint that `aroface train` "
+            "wrote, or name the checkpoint's directory."
+        ) from error
+    return TrainedModel(backbone.eval(), contract, _name(config), sha256_of(path))
 
 
 def untrained_model(path: Path, *, seed: int = 0) -> TrainedModel:

@@ -6,7 +6,7 @@ protocol, so that `shards`, `export`, `retrieval` and the trainer need not know 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,7 @@ from aroface.contract import InputContract
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Batch", "Embedder", "FaceSet", "TrainingData"]
+__all__ = ["Batch", "Embedder", "Evaluator", "FaceSet", "TrainingData"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,19 @@ class Embedder(Protocol):
 
     def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 RGB crops, S = contract.image_size, to (B, D) float32 un-normalised embeddings."""
+        ...
+
+
+class Evaluator(Protocol):
+    """One evaluation set that training asks now and then."""
+
+    @property
+    def name(self) -> str:
+        """What the metrics log calls it."""
+        ...
+
+    def evaluate(self, embedder: Embedder) -> Mapping[str, float | None]:
+        """The numbers of a model, by name. Called on all ranks at once with equal models; all ranks get the same."""
         ...
 
 

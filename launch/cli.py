@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("launch.cmd_verify", "decode, hash and count every sample of a shard directory"),
     "train": ("launch.cmd_train", "train a model from one configuration file"),
     "study": ("launch.cmd_study", "compare alignment attacks by many small trainings"),
+    "checkpoint": ("launch.cmd_checkpoint", "look at checkpoints, check them, thin them out"),
     "attack": ("launch.cmd_attack", "show what the alignment attack does to training images"),
     "import": ("launch.cmd_import", "weights of arcface_torch, AdaFace, CVLface -> checkpoint, and back"),
     "export": ("launch.cmd_export", "checkpoint -> ONNX, with a parity gate"),

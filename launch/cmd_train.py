@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: from the newest whole checkpoint in DIR if there is one (default); never: DIR must be new; "
         "PATH: from that checkpoint or run directory",
     )
-    parser.add_argument("--check", action="store_true", help="build everything, run two batches, and stop")
+    parser.add_argument("--check", action="store_true", help="build everything, run two batches and evaluate, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, TrainConfig, args.overrides)
     from aroface.engine.trainer import Trainer
     from launch.training_data import open_training_data
+    from launch.training_evaluators import open_evaluators
 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.engine.threads is None:
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
     data = open_training_data(config.data, image_size=config.model.image_size)
     resume: Resume = args.resume if args.resume in ("auto", "never") else Path(args.resume)
-    trainer = Trainer(config, data, args.run, resume=resume, overrides=args.overrides)
+    evaluators = open_evaluators(config.evaluate)
+    trainer = Trainer(config, data, args.run, resume=resume, overrides=args.overrides, evaluators=evaluators)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         print(trainer.describe(), flush=True)

@@ -35,10 +35,10 @@ def open_embedder(
         from export.runtime import OnnxEmbedder
 
         return OnnxEmbedder(path, threads=threads, batch_size=batch_size)
-    if path.is_file():
+    if path.is_file() and path.suffix != ".safetensors" and path.name != "best.json":
         raise ExportError(
-            f"{path} is not a model that can be run: name a run directory, one of its step-NNNNNNNN directories, or a "
-            "file whose name ends in .onnx."
+            f"{path} is not a model that can be run: name a run directory, one of its step-NNNNNNNN directories, its "
+            "best.json, a model.safetensors, or a file whose name ends in .onnx."
         )
     import torch
 

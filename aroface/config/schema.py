@@ -5,12 +5,14 @@ release or of the field, and each names its effect. Sections that a run does not
 with choices lie in files of their own: `model`, `head`, `alignment`, `data`.
 """
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from aroface.config.alignment import AlignmentConfig
 from aroface.config.data import AugmentConfig, DataConfig
+from aroface.config.engine import CheckpointConfig, EngineConfig, LossScaleConfig
+from aroface.config.evaluate import EvaluateConfig
 from aroface.config.head import (
     AdaFaceConfig,
     ArcFaceConfig,
@@ -35,10 +37,12 @@ __all__ = [
     "CurricularFaceConfig",
     "DataConfig",
     "EngineConfig",
+    "EvaluateConfig",
     "HeadConfig",
     "IRConfig",
     "IResNetConfig",
     "LogConfig",
+    "LossScaleConfig",
     "MagFaceConfig",
     "MobileFaceNetConfig",
     "ModelConfig",
@@ -63,7 +67,12 @@ class OptimConfig(Section):
     lr_per_1024: float = Field(0.1, gt=0, description="peak learning rate = this x global_batch / 1024")
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
-    clip_norm: float | None = Field(5.0, gt=0, description="largest gradient norm of the backbone; null: no clipping")
+    clip_norm: float | None = Field(5.0, gt=0, description="largest gradient norm; null: no clipping")
+    clip_scope: Literal["backbone", "joint"] = Field(
+        "backbone",
+        description="backbone: its norm, and it alone is clipped, as in arcface_torch; joint: the norm over backbone "
+        "and class centres, both scaled alike",
+    )
 
 
 class ScheduleConfig(Section):
@@ -81,25 +90,6 @@ class ScheduleConfig(Section):
                 "lower warmup_epochs"
             )
         return self
-
-
-class EngineConfig(Section):
-    """DeepSpeed, as far as it changes memory, speed or rounding."""
-
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed partitions over ranks; 1: optimiser state")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: autocast, with fp32 weights, norms and loss")
-    channels_last: bool = Field(True, description="memory layout of images and activations; speed only")
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: idle cores / ranks of the machine")
-    deepspeed_extra: dict[str, Any] = Field(
-        default_factory=dict, description="further DeepSpeed settings, checked by name"
-    )
-
-
-class CheckpointConfig(Section):
-    """When the state is saved and what is kept."""
-
-    every_steps: int | None = Field(None, ge=1, description="null: once per epoch")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
 
 class LogConfig(Section):
@@ -123,6 +113,7 @@ class TrainConfig(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    evaluate: EvaluateConfig | None = Field(None, description="evaluation while training; null: none")
 
     @model_validator(mode="after")
     def _batches_fit(self) -> Self:

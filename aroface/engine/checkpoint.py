@@ -1,37 +1,32 @@
-"""The state of a run into the canonical layout and back, at any number of ranks."""
+"""The state of a run into memory, for a checkpoint in the canonical layout, and back, at any number of ranks."""
 
 import importlib.metadata
+import json
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aroface import __version__
 from aroface.config.schema import TrainConfig
-from aroface.distributed import barrier
+from aroface.engine.best import Best
 from aroface.engine.checkpoint_layout import (
     BACKBONE_FILE,
     FORMAT_VERSION,
     OPTIMIZER_FILE,
-    finish_checkpoint,
     head_file,
-    prune,
     read_state,
     read_training_state,
     resolve_checkpoint,
-    start_checkpoint,
-    step_directory,
     task_file,
-    write_state,
 )
 from aroface.engine.deepspeed_engine import BackboneEngine
 from aroface.engine.task import contract_of
@@ -40,13 +35,15 @@ from aroface.heads import HeadSGD, ShardedHead
 
 __all__ = [
     "RunPosition",
+    "Snapshot",
+    "TensorFile",
     "initial_checkpoint",
     "load_backbone",
     "load_head",
     "load_task_state",
     "load_weights",
     "restore_optimizers",
-    "save_checkpoint",
+    "take_snapshot",
     "versions",
 ]
 
@@ -88,8 +85,26 @@ def git_commit() -> str:
     return result.stdout.strip()
 
 
-def save_checkpoint(
-    run: Path,
+class TensorFile(NamedTuple):
+    """What one safetensors file holds."""
+
+    tensors: dict[str, Tensor]  #: on the CPU, contiguous, copies
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes for a checkpoint, copied to memory: training may go on while it is written."""
+
+    step: int
+    rank: int
+    world_size: int
+    files: Mapping[str, TensorFile]  #: file name -> contents
+    state: Mapping[str, Any] | None  #: of state.json, on rank 0
+    best: Best | None = None  #: the best checkpoint so far, this one included
+
+
+def take_snapshot(
     position: RunPosition,
     *,
     config: TrainConfig,
@@ -98,31 +113,34 @@ def save_checkpoint(
     head_optimizer: HeadSGD,
     fingerprint: str,
     task_state: Mapping[str, Tensor],
-) -> Path:
-    """Write one checkpoint; a collective. Returns its directory.
+    best: Best | None = None,
+) -> Snapshot:
+    """Copy the state of a run; a collective. Running batch-norm statistics become the same on all ranks.
 
     `task_state` is what the task of this rank carries into its next step (`FaceTask.state_tensors`).
     """
-    temporary = run / f".step-{position.step:08d}.tmp"
-    if head.rank == 0:
-        start_checkpoint(run, position.step)
-    barrier()
-    weights, momentum = engine.weights(), engine.momentum()
-    _save_head(temporary / head_file(head.rank, head.world_size), head, head_optimizer)
+    is_first = head.rank == 0
+    weights = engine.weights(settle=True, is_wanted=is_first)
+    momentum = engine.momentum(is_wanted=is_first)
+    files = {head_file(head.rank, head.world_size): _head_contents(head, head_optimizer)}
     if task_state:
-        save_file(dict(task_state), temporary / task_file(head.rank, head.world_size))
-    barrier()
-    if head.rank == 0:
-        save_file(weights, temporary / BACKBONE_FILE)
-        save_file(momentum, temporary / OPTIMIZER_FILE)
-        write_state(temporary, _state(position, config, head, fingerprint))
-        finish_checkpoint(temporary, run, position.step)
-        prune(run, keep_last=config.checkpoint.keep_last)
-    barrier()
-    return step_directory(run, position.step)
+        files[task_file(head.rank, head.world_size)] = TensorFile(dict(task_state), {})
+    state = None
+    if is_first:
+        files[BACKBONE_FILE] = TensorFile(weights, _inference_metadata(position, config))
+        files[OPTIMIZER_FILE] = TensorFile(momentum, {})
+        state = _state(position, config, head, engine, fingerprint, best)
+    return Snapshot(position.step, head.rank, head.world_size, files, state, best)
 
 
-def _state(position: RunPosition, config: TrainConfig, head: ShardedHead, fingerprint: str) -> dict[str, Any]:
+def _state(
+    position: RunPosition,
+    config: TrainConfig,
+    head: ShardedHead,
+    engine: BackboneEngine,
+    fingerprint: str,
+    best: Best | None,
+) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "step": position.step,
@@ -132,24 +150,40 @@ def _state(position: RunPosition, config: TrainConfig, head: ShardedHead, finger
         "num_classes": head.num_classes,
         "dataset_fingerprint": fingerprint,
         "rng": {"seed": config.seed, "rule": "derived from (seed, purpose, step, rank)"},
-        "scaler": None,
+        "scaler": engine.scaler.state(),
+        "best": None if best is None else best.record(),
         "world_size": head.world_size,
         "versions": versions(),
         "git_commit": git_commit(),
     }
 
 
-def _save_head(path: Path, head: ShardedHead, optimizer: HeadSGD) -> None:
-    tensors = {
-        "weight": head.weight.detach().cpu().contiguous(),
-        "momentum": optimizer.momentum_buffer.cpu().contiguous(),
-        **{name: value.cpu() for name, value in head.statistics().items()},
+def _inference_metadata(position: RunPosition, config: TrainConfig) -> dict[str, str]:
+    """What makes the weights a model by themselves: the network and what its input must look like."""
+    return {
+        "format": "pt",
+        "model": json.dumps(config.model.model_dump(mode="json")),
+        "contract": json.dumps(contract_of(config).model_dump(mode="json")),
+        "step": str(position.step),
+        "aroface": __version__,
+    }
+
+
+def _head_contents(head: ShardedHead, optimizer: HeadSGD) -> TensorFile:
+    named = {
+        "weight": head.weight,
+        "momentum": optimizer.momentum_buffer,
+        **head.statistics(),
     }
     start, stop = head.class_range
-    metadata = {"class_start": str(start), "class_stop": str(stop), "num_classes": str(head.num_classes)}
-    save_file(tensors, path, metadata=metadata)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    metadata = {
+        "class_start": str(start),
+        "class_stop": str(stop),
+        "num_classes": str(head.num_classes),
+        "kind": head.config.kind,
+    }
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in named.items()}
+    return TensorFile(copies, metadata)
 
 
 def load_task_state(directory: Path, *, rank: int, world_size: int) -> dict[str, Tensor]:
@@ -213,12 +247,18 @@ def initial_checkpoint(config: TrainConfig) -> Path | None:
 def restore_optimizers(
     directory: Path, *, engine: BackboneEngine, head: ShardedHead, head_optimizer: HeadSGD, fingerprint: str
 ) -> RunPosition:
-    """Momentum of the backbone, centres and momentum of the head, and the position; weights were loaded before.
+    """Momentum of the backbone, centres and momentum of the head, loss scale, position; weights were loaded before.
 
     Raises:
-        CheckpointError: the checkpoint was trained on other data or with another number of classes.
+        CheckpointError: the checkpoint was trained on other data, with another head, or another number of classes.
     """
     state = read_training_state(directory)
+    kind = state["config"]["head"]["kind"]
+    if kind != head.config.kind:
+        raise CheckpointError(
+            f"{directory} was trained with head.kind = {kind}, not {head.config.kind}, and the class centres of one "
+            f"head mean little to another. Set head.kind = {kind} to continue, or start a new run."
+        )
     if state["num_classes"] != head.num_classes:
         raise CheckpointError(
             f"{directory} has {state['num_classes']} classes, the training set {head.num_classes}. "
@@ -230,6 +270,7 @@ def restore_optimizers(
             f"{fingerprint[:12]}). Resume with those, or start a new run."
         )
     engine.load_momentum(load_file(directory / OPTIMIZER_FILE))
+    engine.scaler.load_state(state.get("scaler"))
     load_head(directory, head, head_optimizer)
     return RunPosition(step=state["step"], samples_seen=state["samples_seen"])
 

@@ -1,117 +1,66 @@
-"""DeepSpeed around the backbone: typed settings to its JSON, start-up, one step, whole weights in and out.
+"""DeepSpeed around the backbone: start-up, one step, whole weights and momentum in and out.
 
-The only file that imports deepspeed. The class centres stay outside: they are partitioned already.
+The only file that imports deepspeed. The class centres stay outside: they are partitioned already. What DeepSpeed does
+here is to partition, to average gradients and to step; loss scale, checks and clipping belong to `JointUpdate`.
 """
 
 import datetime
 import logging
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import HashStore
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from aroface.config.schema import TrainConfig
 from aroface.distributed import all_reduce
-from aroface.engine.schedule import accumulation_steps
-from aroface.errors import ArofaceError, ConfigError
+from aroface.engine.deepspeed_settings import deepspeed_settings
+from aroface.engine.loss_scale import LossScaler
+from aroface.errors import ConfigError
 
-__all__ = ["BackboneEngine", "NonFiniteGradientError", "deepspeed_settings", "start_distributed"]
+__all__ = ["BackboneEngine", "start_distributed"]
 
-_TIMEOUT = datetime.timedelta(minutes=30)
-_OWNED_KEYS = frozenset(
-    {
-        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-        *("zero_allow_untested_optimizer", "torch_autocast", "bf16", "fp16", "optimizer", "scheduler"),
-    }
-)
-#: What `engine.deepspeed_extra` may name. DeepSpeed itself accepts a misspelt top-level key in silence.
-_EXTRA_KEYS = frozenset(
-    {
-        *("zero_optimization", "activation_checkpointing", "aio", "comms_logger", "communication_data_type"),
-        *(
-            "compile",
-            "dump_state",
-            "flops_profiler",
-            "memory_breakdown",
-            "prescale_gradients",
-            "gradient_predivide_factor",
-        ),
-        *("sparse_gradients", "wall_clock_breakdown"),
-    }
-)
+_MOMENTUM = "momentum_buffer"
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class NonFiniteGradientError(ArofaceError):
-    """The gradient holds NaN or infinity; nothing was updated."""
+class _RestingSGD(torch.optim.SGD):
+    """SGD that can be told to leave everything as it is while DeepSpeed goes through the motions of a step."""
 
-
-class _GuardedSGD(torch.optim.SGD):
-    """SGD that looks at the gradient on all ranks before it changes a weight."""
-
-    grad_norm: float = 0.0
+    is_resting = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            # One host synchronisation per step: it is what keeps a bad gradient out of the weights.
-            norms = torch.stack(torch._foreach_norm(gradients)).float()
-            if not torch.isfinite(all_reduce(norms.square().sum())):
-                raise NonFiniteGradientError("The gradient of the backbone is not finite.")
-        super().step(closure)
+        if not self.is_resting:
+            super().step(closure)
 
 
-def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, every setting that we decide written out.
+class _Autocast(nn.Module):
+    """A backbone that computes in fp16 where that is safe.
 
-    Raises:
-        ConfigError: batch sizes that do not multiply out, or a key in `engine.deepspeed_extra` that is unknown or ours.
+    Not DeepSpeed's `torch_autocast`, whose loss scale each rank adjusts for itself (0.19.8), so that ranks could part.
     """
-    accumulation = accumulation_steps(config, world_size)
-    settings: dict[str, Any] = {
-        "train_batch_size": config.batch.global_batch,
-        "train_micro_batch_size_per_gpu": config.batch.global_batch // (accumulation * world_size),
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm or 0.0,
-        "zero_optimization": {"stage": config.engine.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-    for key, value in config.engine.deepspeed_extra.items():
-        _check_extra(key)
-        if key == "zero_optimization":
-            if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"engine.deepspeed_extra.zero_optimization = {value!r} is not a group of settings; write "
-                    "{zero_optimization: {overlap_comm: false}}, or set engine.zero_stage for the stage."
-                )
-            if "stage" in value:
-                raise ConfigError(
-                    "engine.deepspeed_extra.zero_optimization.stage is set by engine.zero_stage; use that."
-                )
-            settings[key].update(value)
-        else:
-            settings[key] = value
-    return settings
+
+    def __init__(self, backbone: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._device_type = device_type
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self._device_type, dtype=torch.float16):
+            embeddings: Tensor = self.backbone(images)
+        return embeddings
 
 
-def _check_extra(key: str) -> None:
-    if key in _OWNED_KEYS:
-        raise ConfigError(f"engine.deepspeed_extra.{key} is generated from the other settings; set those instead.")
-    if key not in _EXTRA_KEYS:
-        near = get_close_matches(key, _EXTRA_KEYS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(_EXTRA_KEYS))}."
-        raise ConfigError(f"engine.deepspeed_extra.{key} is not passed to DeepSpeed; {hint}")
-
-
-def start_distributed() -> torch.device:
+def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR), or form one of one rank.
+
+    Args:
+        timeout_s: how long a collective waits for the other ranks before it fails.
 
     Returns:
         The device of this rank.
@@ -126,7 +75,7 @@ def start_distributed() -> torch.device:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if not distributed.is_initialized():
         if "RANK" in os.environ:
-            distributed.init_process_group(backend, timeout=_TIMEOUT)
+            distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         else:
             distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return device
@@ -150,32 +99,60 @@ class BackboneEngine:
         backbone: on its device, with the weights to start from.
         config: the run.
         world_size: ranks.
+
+    Raises:
+        ConfigError: settings that DeepSpeed or this device cannot follow.
     """
 
     def __init__(self, backbone: nn.Module, config: TrainConfig, world_size: int) -> None:
         deepspeed = _import_deepspeed()
         self.settings = deepspeed_settings(config, world_size)
-        trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+        self._precision, self._batch_norm = config.engine.precision, config.engine.batch_norm
+        self._stage, self._ranks = config.engine.zero_stage, world_size
+        self._device_type = next(backbone.parameters()).device.type
+        self.scaler = LossScaler(config.engine)
+        self._backbone = self._with_norms(backbone)
+        self._trained = {name: p for name, p in self._backbone.named_parameters() if p.requires_grad}
         # lr 0: DeepSpeed takes one step at start-up to create its state, which must not decay the weights.
-        optimizer = _GuardedSGD(
-            trained.values(), lr=0.0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
+        optimizer = _RestingSGD(
+            self._trained.values(), lr=0.0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
         )
+        model = _Autocast(self._backbone, self._device_type) if self._precision == "fp16" else self._backbone
         self._engine, *_ = deepspeed.initialize(
-            model=backbone, optimizer=optimizer, config=self.settings, dist_init_required=False
+            model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
         self._sgd = optimizer
-        self._trained = trained
-        self._stage = config.engine.zero_stage
         # A zero momentum equals none, and unlike none it can be saved and set before the first step.
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in self._stepped():
+            optimizer.state[parameter][_MOMENTUM] = torch.zeros_like(parameter)
+
+    def _with_norms(self, backbone: nn.Module) -> nn.Module:
+        if self._batch_norm != "sync":
+            return backbone
+        if self._device_type != "cuda":
+            raise ConfigError(
+                "engine.batch_norm = sync needs GPUs: PyTorch has no synchronised batch norm on the CPU. Set local, or "
+                "frozen for runs that must not depend on the number of ranks."
+            )
+        synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
+        return synced
+
+    def _stepped(self) -> list[Tensor]:
+        """The tensors that the optimiser steps: parameters, or this rank's flat partitions of them."""
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [parameter for group in self._sgd.param_groups for parameter in group["params"]]
 
     @property
     def module(self) -> nn.Module:
-        """The backbone."""
+        """The backbone as it is trained; called without the engine in the passes that form no gradient of weights."""
         module: nn.Module = self._engine.module
         return module
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Precision of the passes through `module`."""
+        dtype = _AUTOCAST.get(self._precision)
+        return torch.autocast(self._device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Embeddings of a training batch."""
@@ -183,80 +160,131 @@ class BackboneEngine:
         return embeddings
 
     def train(self, mode: bool = True) -> None:
-        """Set the training mode of the backbone."""
+        """Set the training mode of the backbone; frozen batch norms stay in evaluation mode."""
         self._engine.train(mode)
+        if self._batch_norm == "frozen":
+            for module in self._backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients; the loss is divided by the accumulation steps for the head's centres as well."""
-        self._engine.backward(loss)
+        """Accumulate gradients times the loss scale; the loss is divided by the accumulation steps for the head too."""
+        self._engine.backward(loss * self.scaler.scale if self.scaler.is_dynamic else loss)
 
     def is_boundary(self) -> bool:
         """Whether the next `step` updates the weights; asked before `step`."""
         return bool(self._engine.is_gradient_accumulation_boundary())
 
-    def step(self, lr: float) -> None:
-        """Update at the accumulation boundary; between boundaries only count.
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold each part of `gradients`."""
+        return self._ranks if self._stage == 0 else 1
 
-        Raises:
-            NonFiniteGradientError: on all ranks alike, before any weight is changed.
-        """
+    def gradients(self) -> list[Tensor]:
+        """This rank's parts of the averaged gradient, at the boundary, before `step`; `step` reads these tensors."""
+        if self._stage == 0:
+            return [p.grad for p in self._trained.values() if p.grad is not None]
+        groups = self._engine.optimizer.averaged_gradients.values()
+        return [part for group in groups if group is not None for part in group]
+
+    def step(self, lr: float) -> None:
+        """Update at the accumulation boundary; between boundaries only count."""
         for group in self._sgd.param_groups:
             group["lr"] = lr
         self._engine.step()
 
-    def grad_norm(self) -> float:
-        """Norm of the last averaged gradient before clipping; NaN where DeepSpeed does not form it."""
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+    def skip(self) -> None:
+        """Count a step at the boundary that changes nothing, and forget its gradients."""
+        gradients = self.gradients()
+        if gradients:
+            torch._foreach_zero_(gradients)
+        self._sgd.is_resting = True
+        try:
+            self._engine.step()
+        finally:
+            self._sgd.is_resting = False
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole state dict of the backbone in fp32 on the CPU; a collective, batch-norm statistics averaged."""
+    def weights(self, *, settle: bool, is_wanted: bool = True) -> dict[str, Tensor]:
+        """The whole state dict of the backbone in fp32 on the CPU; a collective. Batch-norm statistics are averaged.
+
+        Args:
+            settle: also give every rank the averaged statistics, so that the run goes on from what a resume would load.
+            is_wanted: False on ranks that only take part; they get an empty dict.
+        """
         import deepspeed
 
-        self._average_statistics()
-        # Under stage 3 every rank holds a slice, of the frozen parameters too; elsewhere this gathers nothing.
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._stage == 3):
-            state = self.module.state_dict()
-            return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+        statistics = self._mean_statistics()
+        if settle:
+            for name, value in self._backbone.named_buffers():
+                if name in statistics:
+                    value.copy_(statistics[name])
+        found: dict[str, Tensor] = {}
+        for name, value in self._backbone.named_parameters():
+            # Under stage 3 every rank holds a slice, of the frozen parameters too; elsewhere this gathers nothing.
+            with deepspeed.zero.GatheredParameters([value], enabled=self._stage == 3):
+                if is_wanted:
+                    found[name] = _to_cpu(value)
+        if not is_wanted:
+            return {}
+        buffers = {name: _to_cpu(statistics.get(name, value)) for name, value in self._backbone.named_buffers()}
+        return {name: (found | buffers)[name] for name in self._backbone.state_dict()}
 
-    def _average_statistics(self) -> None:
-        """Give every rank the mean of the running statistics: the run goes on from what a resume would load."""
-        ranks = distributed.get_world_size()
-        if ranks == 1:
-            return
-        for name, value in self.module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                value.copy_(all_reduce(value.clone()) / ranks)
+    def _mean_statistics(self) -> dict[str, Tensor]:
+        """Running statistics averaged over ranks, in one collective."""
+        running = {
+            name: value
+            for name, value in self._backbone.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
+        }
+        if self._ranks == 1 or not running:
+            return running
+        flat = torch.cat([value.flatten() for value in running.values()])
+        parts = torch.split(all_reduce(flat) / self._ranks, [value.numel() for value in running.values()])
+        return {name: part.view_as(running[name]) for name, part in zip(running, parts, strict=True)}
 
-    def momentum(self) -> dict[str, Tensor]:
-        """Momentum of every trained parameter, whole, fp32 on the CPU; a collective."""
+    def momentum(self, *, is_wanted: bool = True) -> dict[str, Tensor]:
+        """Momentum of every trained parameter, whole, fp32 on the CPU; a collective. `is_wanted` as in `weights`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if self._stage == 0:
-            found = {name: self._sgd.state[p].get("momentum_buffer") for name, p in self._trained.items()}
-        else:
-            found = {name: safe_get_full_optimizer_state(p, "momentum_buffer") for name, p in self._trained.items()}
-        return {
-            name: (torch.zeros_like(self._trained[name]) if value is None else value).detach().to("cpu", copy=True)
-            for name, value in found.items()
-        }
+        self._link_states()
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._trained.items():
+            if self._stage == 0:
+                value = self._sgd.state[parameter][_MOMENTUM]
+            else:
+                value = safe_get_full_optimizer_state(parameter, _MOMENTUM)
+            if is_wanted:
+                found[name] = _to_cpu(value)
+        return found
 
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
-        """Set the momentum of every trained parameter.
+        """Set the momentum of every trained parameter from whole tensors."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        Raises:
-            ConfigError: ZeRO stage 3, whose partitions cannot be set whole.
-        """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        if self._stage == 3:
-            raise ConfigError("Resuming with engine.zero_stage = 3 is not supported; resume with stage 0, 1 or 2.")
-        if self._stage in (1, 2):
-            # DeepSpeed ties parameters to their optimiser state at the first step; here it is wanted before.
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for name, parameter in self._trained.items():
-            value = momentum[name].to(parameter.device)
-            if self._stage == 0:
-                self._sgd.state[parameter]["momentum_buffer"] = value.clone()
-            else:
-                safe_set_full_optimizer_state(parameter, value, "momentum_buffer")
+            value = momentum[name].to(self._engine.device)
+            match self._stage:
+                case 0:
+                    self._sgd.state[parameter][_MOMENTUM] = value.clone()
+                case 3:
+                    safe_set_local_optimizer_state(parameter, _partition(value, parameter), _MOMENTUM)
+                case _:
+                    safe_set_full_optimizer_state(parameter, value, _MOMENTUM)
+
+    def _link_states(self) -> None:
+        """DeepSpeed ties parameters to their optimiser state at the first step; here it is wanted before."""
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _to_cpu(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _partition(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's slice of a whole tensor under stage 3: all slices are equally long, the last is filled with zeros."""
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    start = distributed.get_rank() * size
+    own = value.flatten()[start : start + size]
+    return torch.cat([own, own.new_zeros(size - own.numel())])

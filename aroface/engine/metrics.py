@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aroface.engine.evaluation import EvaluationLine
 
 __all__ = ["METRICS_FILE", "MetricsLine", "MetricsLog", "Meter", "TrainingProgress", "peak_memory_gib"]
 
@@ -30,7 +34,7 @@ class MetricsLine:
     samples: int  #: images seen over all ranks
     loss: float
     lr: float  #: of the last step
-    grad_norm: float | None  #: of the last step, before clipping; null where it is not formed
+    grad_norm: float | None  #: of the last step, before clipping; null where an fp16 overflow skipped it
     img_per_s: float  #: over all ranks
     data_wait_s: float  #: seconds per step that rank 0 waited for a batch
     attack_s: float  #: seconds per step in the alignment, on the host of rank 0
@@ -67,6 +71,15 @@ class MetricsLog:
                 if value is not None and key not in {"step", "samples"}:
                     self._board.add_scalar(key, value, line.step)
 
+    def write_evaluation(self, line: EvaluationLine) -> None:
+        """Append what one set gave; to be told from the other lines by its key `evaluation`."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
+        if self._board is not None:
+            for key, value in line.metrics.items():
+                if value is not None:
+                    self._board.add_scalar(f"{line.evaluation}/{key}", value, line.step)
+
     def close(self) -> None:
         """Flush TensorBoard."""
         if self._board is not None:
@@ -99,6 +112,13 @@ class Meter:
         self._wait_s += wait_s
         self._attack_s += attack_s
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside does not count as training."""
+        begun = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - begun
+
     def line(self, *, step: int, samples: int, lr: float, grad_norm: float) -> MetricsLine:
         """The means since the last line; starts anew. One host synchronisation."""
         assert self._loss is not None  # noqa: S101 - `add` comes first
@@ -108,7 +128,7 @@ class Meter:
             samples=samples,
             loss=round(float(self._loss) / self._steps, 6),
             lr=lr,
-            grad_norm=round(grad_norm, 6) if grad_norm == grad_norm else None,
+            grad_norm=round(grad_norm, 6) if math.isfinite(grad_norm) else None,
             img_per_s=round(self._images / elapsed, 2),
             data_wait_s=round(self._wait_s / self._steps, 6),
             attack_s=round(self._attack_s / self._steps, 6),

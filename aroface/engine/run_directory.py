@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aroface.config import TrainConfig, dump_config
-from aroface.config.load import read_yaml
+from aroface.config.load import parse_config, read_yaml
 from aroface.engine.checkpoint import git_commit, versions
 from aroface.engine.checkpoint_layout import list_checkpoints, newest_valid, read_training_state, resolve_checkpoint
-from aroface.errors import CheckpointError
+from aroface.errors import CheckpointError, ConfigError
 from aroface.files import atomic_path, write_json
 
 __all__ = ["CONFIG_FILE", "DEEPSPEED_FILE", "choose_checkpoint", "record_run"]
@@ -17,8 +17,8 @@ __all__ = ["CONFIG_FILE", "DEEPSPEED_FILE", "choose_checkpoint", "record_run"]
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 #: Sections that may change between a run and its continuation, because they do not change the result.
-_FREE_SECTIONS = frozenset({"engine", "checkpoint", "log"})
-_BOUND_KEYS = frozenset({"engine.precision"})
+_FREE_SECTIONS = frozenset({"engine", "checkpoint", "log", "evaluate"})
+_BOUND_KEYS = frozenset({"engine.precision", "engine.batch_norm"})
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,12 @@ def _check_not_behind(run: Path, source: Path) -> None:
 
 
 def _check_same(stored: Path, config: TrainConfig) -> None:
-    before = _flat(read_yaml(stored.read_text(encoding="utf-8"), name=str(stored)))
+    values = read_yaml(stored.read_text(encoding="utf-8"), name=str(stored))
+    try:  # settings that are newer than the run have the defaults that it ran with
+        values = parse_config(values, TrainConfig, name=str(stored)).model_dump(mode="json")
+    except ConfigError:
+        logger.debug("%s is of another version.", stored)
+    before = _flat(values)
     now = _flat(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -163,7 +163,8 @@ class FaceTask:
 
     def _adversary_losses(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """(N,) of the images of all ranks, in rank order."""
-        return self.head.losses(self._embed(images), labels, step=step, update_statistics=False)
+        losses = self.head.losses(self._embed(images), labels, step=step, update_statistics=False)
+        return losses * self.engine.scaler.scale  # so that an fp16 gradient does not vanish; only its sign is used
 
     def _embed(self, images: Tensor) -> Tensor:
         with self._autocast():
@@ -171,7 +172,7 @@ class FaceTask:
         return embeddings
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.config.engine.precision == "bf16")
+        return self.engine.autocast()
 
     def _generator(self, purpose: str, micro_step: int) -> torch.Generator:
         return derive_generator(self.config.seed, purpose, step=micro_step, rank=self._rank, device=self._device)

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,32 +14,46 @@ from typing import Literal
 import torch
 
 from aroface.config.schema import TrainConfig
-from aroface.distributed import any_rank, barrier, rank, world_size
+from aroface.distributed import any_rank_each, barrier, peer_failure, rank, world_size
+from aroface.engine.best import Best, write_best
 from aroface.engine.checkpoint import (
     RunPosition,
     initial_checkpoint,
     load_backbone,
     load_task_state,
     restore_optimizers,
-    save_checkpoint,
+    take_snapshot,
 )
-from aroface.engine.deepspeed_engine import BackboneEngine, NonFiniteGradientError, start_distributed
+from aroface.engine.checkpoint_layout import read_state, remove_torn
+from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
+from aroface.engine.evaluation import PeriodicEvaluation
+from aroface.engine.joint_update import JointUpdate, NonFiniteError
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
 from aroface.engine.prefetch import on_device
 from aroface.engine.run_directory import choose_checkpoint, record_run
+from aroface.engine.saver import CheckpointSaver
 from aroface.engine.schedule import accumulation_steps, learning_rate, total_steps
 from aroface.engine.seeding import derive_seed
-from aroface.engine.task import FaceTask
+from aroface.engine.task import FaceTask, contract_of
+from aroface.engine.watchdog import Watchdog
 from aroface.errors import ArofaceError
 from aroface.heads import HeadSGD, build_head
+from aroface.inference import TorchEmbedder, TrainedModel
 from aroface.models import build_backbone
-from aroface.types import Batch, TrainingData
+from aroface.types import Batch, Evaluator, TrainingData
 
-__all__ = ["Resume", "Trainer", "TrainingResult"]
+__all__ = ["LostRanksError", "Resume", "Trainer", "TrainingResult"]
 
 Resume = Literal["auto", "never"] | Path
 
+#: Seconds that a save may still take after training has ended with an error.
+_PATIENCE_S = 60.0
+
 logger = logging.getLogger(__name__)
+
+
+class LostRanksError(ArofaceError):
+    """Another rank is gone or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ class Trainer:
         resume: `auto` continues from the newest whole checkpoint of `run` if there is one; a path from that checkpoint
             or run; `never` wants an empty run directory.
         overrides: settings changed on the command line, kept for the record.
+        evaluators: one per entry of `evaluate.sets`, in order.
 
     Raises:
         ConfigError: settings that do not fit the data or the ranks.
@@ -68,10 +84,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, data: TrainingData, run: Path, *, resume: Resume, overrides: Sequence[str] = ()
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        run: Path,
+        *,
+        resume: Resume,
+        overrides: Sequence[str] = (),
+        evaluators: Sequence[Evaluator] = (),
     ) -> None:
         self.config, self._data, self._run = config, data, run
-        self.device = start_distributed()
+        self.device = start_distributed(config.engine.timeout_s)
         self._rank, self._world = rank(), world_size()
         if config.engine.threads is not None:
             torch.set_num_threads(config.engine.threads)
@@ -79,7 +102,12 @@ class Trainer:
         self._micro_batch = config.batch.global_batch // (self._accumulation * self._world)
         self.total_steps = total_steps(config, data.num_samples)
         self._overrides = tuple(overrides)
-        self._build(choose_checkpoint(run, config, resume))
+        directory = choose_checkpoint(run, config, resume)
+        self._build(directory)
+        best = Best.from_record(read_state(directory).get("best")) if directory else None
+        self._evaluation = PeriodicEvaluation(config.evaluate, evaluators, best=best) if config.evaluate else None
+        self._watchdog = Watchdog(2 * config.engine.timeout_s)
+        self._saver = CheckpointSaver(run, config.checkpoint, rank=self._rank, on_wait=self._watchdog.beat)
         barrier()  # every rank has looked at the run directory before rank 0 writes there
         self._stop_requested = False
 
@@ -103,6 +131,7 @@ class Trainer:
         ).to(self.device)
         optim = config.optim
         self._head_optimizer = HeadSGD(self._head, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        self._update = JointUpdate(self._engine, self._head, self._head_optimizer, optim, self._engine.scaler)
         self._task = FaceTask(config, self._engine, self._head, device=self.device, rank=self._rank)
         self.position = RunPosition(0, 0)
         if directory:
@@ -128,35 +157,57 @@ class Trainer:
         )
 
     def check(self) -> float:
-        """Two micro-batches through the whole task without an update; returns the loss of the second."""
+        """Two micro-batches through the whole task without an update, and every evaluation; returns the second loss."""
         loss = math.nan
         for batch in self._batches(2):
             loss = float(self._task(batch, step=0, micro_step=0).loss.detach())
+        if self._evaluation:
+            self._evaluation.run(self._embedder(), step=0, samples=0)
         return loss
 
     def train(self) -> TrainingResult:
         """Run to the end, or to the first SIGTERM or SIGINT; saves before it returns.
 
         Raises:
-            ArofaceError: loss or gradient is not finite on some rank; nothing of that step was applied.
+            ArofaceError: loss or gradient is not finite on some rank, and nothing of that step was applied; a save
+                failed; another rank is gone or hangs.
         """
         config = self.config
         log = None
         if self._rank == 0:
             record_run(self._run, config, deepspeed=self._engine.settings, overrides=self._overrides)
+            remove_torn(self._run)
+            write_best(self._run, self._evaluation.best if self._evaluation else None)
             log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with TrainingProgress(
-                total_steps=self.total_steps, first_step=self.position.step, is_shown=self._rank == 0
-            ) as progress:
+            with ExitStack() as stack:
+                stack.enter_context(self._watchdog)
+                progress = stack.enter_context(
+                    TrainingProgress(
+                        total_steps=self.total_steps, first_step=self.position.step, is_shown=self._rank == 0
+                    )
+                )
                 return self._loop(log, progress)
+        except RuntimeError as error:
+            if peer_failure(error):
+                raise self._lost_ranks(error) from error
+            raise
         finally:
+            self._saver.close(patience_s=min(_PATIENCE_S, config.engine.timeout_s))
             for number, handler in previous.items():
                 signal.signal(number, handler)
             if log:
                 log.close()
+
+    def _lost_ranks(self, error: RuntimeError) -> LostRanksError:
+        reason = " ".join(str(error).split())[:200]
+        return LostRanksError(
+            f"Rank {self._rank} lost the other ranks after step {self.position.step} ({reason}). One of them ended, or "
+            f"did not answer for engine.timeout_s = {self.config.engine.timeout_s:g} s; look at its own messages. The "
+            "newest checkpoint is good: give the same command again to continue."
+        )
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_requested = True
@@ -168,29 +219,33 @@ class Trainer:
         batches = self._batches(remaining * self._accumulation)
         meter, last_loss, saved, stop = Meter(), None, self.position.step, False
         while self.position.step < self.total_steps and not stop:
-            lr = self._step(batches, meter)
-            step = self.position.step
-            if step % config.log.every_steps == 0 or step == self.total_steps:
-                line = meter.line(
-                    step=step, samples=self.position.samples_seen, lr=lr, grad_norm=self._engine.grad_norm()
-                )
+            lr, grad_norm = self._step(batches, meter)
+            self._watchdog.beat()
+            step, is_last = self.position.step, self.position.step == self.total_steps
+            if step % config.log.every_steps == 0 or is_last:
+                line = meter.line(step=step, samples=self.position.samples_seen, lr=lr, grad_norm=grad_norm)
                 last_loss = line.loss
                 if log:
                     log.write(line)
                 progress.show(line, images_per_step=config.batch.global_batch)
-            stop = any_rank(self._stop_requested)
-            if step % save_every == 0 or step == self.total_steps or stop:
+            stop, has_failed = any_rank_each([self._stop_requested, self._saver.has_failed])
+            if has_failed:
+                self._saver.fail()
+            with meter.pause():
+                is_best = not stop and self._evaluate(log, is_last=is_last)
+            if step % save_every == 0 or is_last or stop or is_best:
                 self._save()
                 saved = step
+        self._saver.settle()
         if stop and saved < self.total_steps:
             logger.info("Stopped by a signal after step %d; saved. The same command continues the run.", saved)
         return TrainingResult(self.position, self.total_steps, last_loss, was_interrupted=saved < self.total_steps)
 
-    def _step(self, batches: Iterator[Batch], meter: Meter) -> float:
-        """One optimiser step; returns its learning rate."""
+    def _step(self, batches: Iterator[Batch], meter: Meter) -> tuple[float, float]:
+        """One optimiser step; returns its learning rate and gradient norm."""
         step = self.position.step
         lr = learning_rate(self.config, step, num_samples=self._data.num_samples)
-        losses, wait_s, attack_s, samples = [], 0.0, 0.0, []
+        losses, wait_s, attack_s, samples, grad_norm = [], 0.0, 0.0, [], math.nan
         for micro in range(self._accumulation):
             started = time.perf_counter()
             batch = next(batches)
@@ -201,28 +256,27 @@ class Trainer:
             losses.append(output.loss.detach())
             self._engine.backward(output.loss)
             if self._engine.is_boundary():
-                self._update(torch.stack(losses), lr, torch.cat(samples))
+                grad_norm = self._apply(torch.stack(losses), lr, torch.cat(samples))
             else:
                 self._engine.step(lr)
         self.position = RunPosition(step + 1, self.position.samples_seen + self.config.batch.global_batch)
         meter.add(
             loss=torch.stack(losses).mean(), images=self.config.batch.global_batch, wait_s=wait_s, attack_s=attack_s
         )
-        return lr
+        return lr, grad_norm
 
-    def _update(self, losses: torch.Tensor, lr: float, samples: torch.Tensor) -> None:
-        """Check on all ranks, then change the weights."""
-        gradient = self._head.gradient()
-        # The largest entry tells as much as a mask of all of them, which would be as large as the centres.
-        largest = losses.new_zeros(()) if gradient is None else torch.linalg.vector_norm(gradient, torch.inf)
-        is_finite = bool(torch.isfinite(losses).all() & torch.isfinite(largest))
-        if any_rank(not is_finite):
-            raise self._non_finite("loss or a class-centre gradient", losses, samples)
+    def _apply(self, losses: torch.Tensor, lr: float, samples: torch.Tensor) -> float:
+        """Check on all ranks, then change the weights; returns the norm of the gradient."""
         try:
-            self._engine.step(lr)
-        except NonFiniteGradientError as error:
-            raise self._non_finite("gradient of the backbone", losses, samples) from error
-        self._head_optimizer.step(lr)
+            report = self._update(losses, lr)
+        except NonFiniteError as error:
+            raise self._non_finite(str(error), losses, samples) from error
+        if report.was_skipped:
+            scale = self._engine.scaler.scale
+            logger.info(
+                "Step %d: the fp16 gradient overflowed; skipped, loss scale now %g.", self.position.step + 1, scale
+            )
+        return report.grad_norm
 
     def _non_finite(self, what: str, losses: torch.Tensor, samples: torch.Tensor) -> ArofaceError:
         names = ", ".join(self._data.describe(sample) for sample in samples[:8].tolist())
@@ -244,9 +298,32 @@ class Trainer:
         )
         return on_device(batches, self.device)
 
+    def _evaluate(self, log: MetricsLog | None, *, is_last: bool) -> bool:
+        """Evaluate where it is due; returns whether this is the best model so far."""
+        evaluation, step = self._evaluation, self.position.step
+        if evaluation is None or not evaluation.is_due(step, is_last=is_last):
+            return False
+        lines = evaluation.run(self._embedder(), step=step, samples=self.position.samples_seen)
+        self._watchdog.beat()
+        for line in lines if log else []:
+            assert log is not None  # noqa: S101 - the loop is empty otherwise
+            log.write_evaluation(line)
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in line.metrics.items() if value is not None)
+            logger.info("step %6d  %s: %s%s", step, line.evaluation, shown, "  (best so far)" if line.is_best else "")
+        return any(line.is_best for line in lines)
+
+    def _embedder(self) -> TorchEmbedder:
+        """The model as it would be saved now, as a copy of its own on every rank; training does not notice."""
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            backbone = build_backbone(config.model)
+        backbone.load_state_dict(self._engine.weights(settle=False))
+        model = TrainedModel(backbone.eval(), contract_of(config), config.model.kind, f"step-{self.position.step:08d}")
+        assert config.evaluate is not None  # noqa: S101 - the caller asked
+        return TorchEmbedder(model, batch_size=config.evaluate.batch_size, device=str(self.device))
+
     def _save(self) -> None:
-        save_checkpoint(
-            self._run,
+        snapshot = take_snapshot(
             self.position,
             config=self.config,
             engine=self._engine,
@@ -254,4 +331,6 @@ class Trainer:
             head_optimizer=self._head_optimizer,
             fingerprint=self._data.fingerprint,
             task_state=self._task.state_tensors(),
+            best=self._evaluation.best if self._evaluation else None,
         )
+        self._saver.start(snapshot)

@@ -21,7 +21,7 @@ from aroface.errors import DataError
 from aroface.types import Embedder, FaceSet
 from retrieval.degrade import draw_jpeg_quality, generator_for, low_quality, misalign, sample_misalignment
 from retrieval.embeddings import EmbeddingSet
-from retrieval.extraction import FlipMode, Transform, embed_face_set, select_images
+from retrieval.extraction import Extraction, FlipMode, Transform, embed_face_set, select_images
 from retrieval.metrics import evaluate_identification, evaluate_verification
 from retrieval.protocols.lfw_pairs import Pairs
 from retrieval.results import identification_record, metric, result_record, verification_record
@@ -78,6 +78,7 @@ def evaluate_lfw_lq(
     *,
     pairs: Pairs,
     on_progress: Callable[[int], None],
+    extract: Callable[..., Extraction] = embed_face_set,
 ) -> dict[str, Any]:
     """All conditions with one model.
 
@@ -87,6 +88,7 @@ def evaluate_lfw_lq(
         settings: what is evaluated.
         pairs: rows of the face set to compare clean, and which are genuine.
         on_progress: called with the number of images embedded so far.
+        extract: does the work of `embed_face_set`, for instance on several ranks.
 
     Returns:
         A result record with one block per condition: `clean`, `40px`, ..., and `verification`.
@@ -99,7 +101,7 @@ def evaluate_lfw_lq(
 
     def embed(rows: Sequence[int], transform: Transform | None = None) -> EmbeddingSet:
         nonlocal done
-        found = embed_face_set(
+        found = extract(
             embedder,
             faces,
             indices=rows,

@@ -98,7 +98,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            found.append({"samples": int(values["samples"]), **values})
+            if "evaluation" not in values:
+                found.append({"samples": int(values["samples"]), **values})
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break  # a run that is still going may be in the middle of its last line

@@ -15,7 +15,7 @@ from aroface.engine.checkpoint_layout import (
     verify_checkpoint,
     write_state,
 )
-from aroface.engine.deepspeed_engine import deepspeed_settings
+from aroface.engine.deepspeed_settings import deepspeed_settings
 from aroface.engine.schedule import accumulation_steps, learning_rate, total_steps
 from aroface.engine.seeding import derive_seed
 from aroface.errors import CheckpointError, ConfigError

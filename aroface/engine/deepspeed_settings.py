@@ -1,0 +1,82 @@
+"""Typed settings to DeepSpeed's JSON: every setting that we decide is written out, further ones are checked by name."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from aroface.config.schema import TrainConfig
+from aroface.engine.schedule import accumulation_steps
+from aroface.errors import ConfigError
+
+__all__ = ["deepspeed_settings"]
+
+_OWNED_KEYS = frozenset(
+    {
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        *("zero_allow_untested_optimizer", "torch_autocast", "bf16", "fp16", "optimizer", "scheduler"),
+    }
+)
+#: What `engine.deepspeed_extra` may name. DeepSpeed itself accepts a misspelt top-level key in silence.
+_EXTRA_KEYS = frozenset(
+    {
+        *("zero_optimization", "activation_checkpointing", "comms_logger", "communication_data_type", "compile"),
+        *("dump_state", "flops_profiler", "memory_breakdown", "prescale_gradients", "gradient_predivide_factor"),
+        *("sparse_gradients", "wall_clock_breakdown"),
+    }
+)
+#: Inside zero_optimization: they take the gradients away from where they are checked and clipped.
+_REFUSED_ZERO_KEYS = ("offload_optimizer", "offload_param", "zenflow")
+
+
+def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, every setting that we decide written out.
+
+    Raises:
+        ConfigError: batch sizes that do not multiply out, or a key in `engine.deepspeed_extra` that is unknown or ours.
+    """
+    accumulation = accumulation_steps(config, world_size)
+    settings: dict[str, Any] = {
+        "train_batch_size": config.batch.global_batch,
+        "train_micro_batch_size_per_gpu": config.batch.global_batch // (accumulation * world_size),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,  # the joint update clips
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    for key, value in config.engine.deepspeed_extra.items():
+        _check_extra(key)
+        if key == "zero_optimization":
+            settings[key].update(_checked_zero(value))
+        else:
+            settings[key] = value
+    return settings
+
+
+def _checked_zero(value: Any) -> Mapping[str, Any]:
+    name = "engine.deepspeed_extra.zero_optimization"
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name} = {value!r} is not a group of settings; write {{zero_optimization: {{overlap_comm: false}}}}, "
+            "or set engine.zero_stage for the stage."
+        )
+    if "stage" in value:
+        raise ConfigError(f"{name}.stage is set by engine.zero_stage; use that.")
+    refused = [key for key in _REFUSED_ZERO_KEYS if key in value]
+    if refused:
+        raise ConfigError(
+            f"{name}.{refused[0]} is not supported: gradients are checked and clipped on the device. Leave it out; "
+            "engine.zero_stage and model.checkpoint_activations save memory."
+        )
+    return value
+
+
+def _check_extra(key: str) -> None:
+    if key in _OWNED_KEYS:
+        raise ConfigError(f"engine.deepspeed_extra.{key} is generated from the other settings; set those instead.")
+    if key not in _EXTRA_KEYS:
+        near = get_close_matches(key, _EXTRA_KEYS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(_EXTRA_KEYS))}."
+        raise ConfigError(f"engine.deepspeed_extra.{key} is not passed to DeepSpeed; {hint}")

@@ -1,0 +1,72 @@
+"""Evaluation every few steps: what the model is worth so far, and which checkpoint was the best."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aroface.config.evaluate import EvaluateConfig
+from aroface.engine.best import Best
+from aroface.errors import ConfigError
+from aroface.types import Embedder, Evaluator
+
+__all__ = ["EvaluationLine", "PeriodicEvaluation"]
+
+
+@dataclass(frozen=True)
+class EvaluationLine:
+    """One line of metrics.jsonl of another form than the training's: one set at one step."""
+
+    step: int  #: optimiser steps taken
+    samples: int  #: images seen over all ranks
+    evaluation: str  #: name of the set
+    metrics: Mapping[str, float | None]  #: by name; null where a number does not exist
+    is_best: bool  #: the best so far, by the number that selects; false for sets that do not select
+    elapsed_s: float
+
+
+class PeriodicEvaluation:
+    """Runs the evaluators and remembers the best.
+
+    Args:
+        config: what is evaluated and what selects.
+        evaluators: one per set, in order; each is called on all ranks at once.
+        best: the best of an earlier part of the run.
+    """
+
+    def __init__(self, config: EvaluateConfig, evaluators: Sequence[Evaluator], *, best: Best | None) -> None:
+        self._config, self._evaluators, self.best = config, evaluators, best
+
+    def is_due(self, step: int, *, is_last: bool) -> bool:
+        """Whether the model is evaluated after `step`."""
+        return is_last or step % self._config.every_steps == 0
+
+    def run(self, embedder: Embedder, *, step: int, samples: int) -> list[EvaluationLine]:
+        """Evaluate on all sets; a collective. `best` is the new one afterwards where this is it.
+
+        Raises:
+            ConfigError: `evaluate.best` names a number that its set does not give.
+        """
+        lines = []
+        for evaluator in self._evaluators:
+            started = time.perf_counter()
+            metrics = evaluator.evaluate(embedder)
+            is_best = self._is_best(evaluator.name, metrics, step)
+            elapsed_s = round(time.perf_counter() - started, 3)
+            lines.append(EvaluationLine(step, samples, evaluator.name, metrics, is_best, elapsed_s))
+        return lines
+
+    def _is_best(self, name: str, metrics: Mapping[str, float | None], step: int) -> bool:
+        by = self._config.best
+        if by is None or by.set != name:
+            return False
+        if by.metric not in metrics:
+            raise ConfigError(
+                f"evaluate.best.metric = {by.metric} is no number of the set {name}; choose from "
+                f"{', '.join(sorted(metrics))}."
+            )
+        value = metrics[by.metric]
+        if value is None or not math.isfinite(value) or (self.best is not None and value <= self.best.value):
+            return False
+        self.best = Best(step, name, by.metric, value)
+        return True

@@ -1,0 +1,123 @@
+"""The engine on two ranks against one rank with the same global batch, and resumes at other numbers of ranks.
+
+Batch norm is frozen and nothing is drawn per rank where numbers of ranks are compared; tolerances are those of fp32
+sums in another order (or of bf16 and fp16 rounding) over six steps of a large learning rate.
+"""
+
+import math
+from itertools import chain
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.training import ADAFACE, COMPARABLE, PARTITIONED, forget_last, packed, train, unpacked
+
+pytestmark = pytest.mark.slow
+
+FP16 = "engine.loss_scale={initial: 1024, window: 4}"
+#: name -> settings beyond COMPARABLE
+SAME_AS_ONE_RANK = {
+    **{f"zero {stage}": (f"engine.zero_stage={stage}",) for stage in (0, 1, 2, 3)},
+    **{f"bf16, zero {stage}": ("engine.precision=bf16", f"engine.zero_stage={stage}") for stage in (0, 2)},
+    **{f"fp16, zero {stage}": ("engine.precision=fp16", FP16, f"engine.zero_stage={stage}") for stage in (0, 2, 3)},
+    "accumulation 3, zero 2": ("batch.micro_batch=2", "engine.zero_stage=2"),
+    "accumulation 2, zero 3": ("batch.micro_batch=3", "engine.zero_stage=3"),
+    "clipped together, zero 0": ("optim.clip_scope=joint", "optim.clip_norm=0.5", "engine.zero_stage=0"),
+    "clipped together, zero 3": ("optim.clip_scope=joint", "optim.clip_norm=0.5", "engine.zero_stage=3"),
+    "not clipped": ("optim.clip_norm=null", "optim.lr_per_1024=0.5"),
+    "recomputed, zero 1": ("model.checkpoint_activations=true",),
+    "recomputed, zero 3": ("model.checkpoint_activations=true", "engine.zero_stage=3"),
+    "sampled adaface": (ADAFACE.replace("sample_rate: 0.5", "sample_rate: 1.0"),),
+}
+#: Everything that draws or remembers: attack, augmentation, sampled negatives, norm statistics, momentum, batch norm.
+LIVELY = (ADAFACE, PARTITIONED, "batch.micro_batch=3")
+STAGES = (0, 1, 2, 3)
+
+
+def everything_on_two_ranks(rank, ranks, root):
+    found = {}
+    for number, (name, settings) in enumerate(SAME_AS_ONE_RANK.items()):
+        found[name] = train(root / str(number), *COMPARABLE, PARTITIONED, *settings)
+    for stage in STAGES:
+        lively = (*LIVELY, f"engine.zero_stage={stage}")
+        found[f"whole {stage}"] = train(root / f"whole{stage}", *lively)
+        train(root / f"halves{stage}", *lively)
+        forget_last(root / f"halves{stage}")
+        found[f"halves {stage}"] = train(root / f"halves{stage}", *lively)
+    return packed(found)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    results = run_on_ranks(everything_on_two_ranks, 2, tmp_path_factory.mktemp("two"), timeout_s=900)
+    return [unpacked(result) for result in results]
+
+
+def tolerance(name):
+    return 3e-2 if "16" in name else 2e-4
+
+
+@pytest.mark.parametrize("name", SAME_AS_ONE_RANK)
+def test_two_ranks_are_one_rank(two_ranks, tmp_path, name):
+    plain = [s for s in SAME_AS_ONE_RANK[name] if not s.startswith(("engine.zero", "batch.micro", "model.checkpoint"))]
+    one = train(tmp_path / "one", *COMPARABLE, "engine.zero_stage=0", *plain)
+    for two in (result[name] for result in two_ranks):
+        assert two.losses == pytest.approx(one.losses, rel=tolerance(name))
+        assert two.grad_norms == pytest.approx(one.grad_norms, rel=10 * tolerance(name))
+        assert two.tensors.keys() == one.tensors.keys()
+        for key, value in one.tensors.items():
+            off = (two.tensors[key] - value).norm() / value.norm().clamp_min(1e-6)
+            assert off < 10 * tolerance(name), key
+    first, second = (result[name].delivered for result in two_ranks)
+    assert sorted(chain(*first, *second)) == sorted(chain(*one.delivered))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(two_ranks, stage):
+    for result in two_ranks:
+        whole, halves = result[f"whole {stage}"], result[f"halves {stage}"]
+        assert whole.losses == halves.losses
+        assert whole.grad_norms == halves.grad_norms
+        assert [k for k, value in whole.tensors.items() if not torch.equal(value, halves.tensors[k])] == []
+        assert halves.delivered == whole.delivered[len(whole.delivered) // 2 :]
+    assert all(math.isfinite(loss) for loss in two_ranks[0][f"whole {stage}"].losses)
+
+
+ELASTIC = (*COMPARABLE, PARTITIONED, ADAFACE.replace("sample_rate: 0.5", "sample_rate: 1.0"))
+
+
+def first_half(rank, ranks, run):
+    train(run, *ELASTIC, "engine.zero_stage=2", stop_after=3)
+
+
+def second_half(rank, ranks, run, source, stage):
+    return packed(train(run, *ELASTIC, f"engine.zero_stage={stage}", resume=source))
+
+
+@pytest.fixture(scope="module")
+def half_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("elastic") / "run"
+    run_on_ranks(first_half, 2, run, timeout_s=600)
+    return run
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (3, 3), (2, 1)])
+def test_two_ranks_with_zero_2_go_on_elsewhere(half_run, tmp_path, ranks, stage):
+    whole = train(tmp_path / "whole", *ELASTIC, "engine.zero_stage=0")
+    if ranks == 1:
+        results = [unpacked(second_half(0, 1, tmp_path / "on", half_run, stage))]
+    else:
+        found = run_on_ranks(second_half, ranks, tmp_path / "on", half_run, stage, timeout_s=600)
+        results = [unpacked(result) for result in found]
+    for result in results:
+        assert result.losses == pytest.approx(whole.losses[3:], rel=2e-4)
+        for key, value in whole.tensors.items():
+            assert (result.tensors[key] - value).norm() / value.norm().clamp_min(1e-6) < 2e-3, key
+    for step in range(3):
+        together = sorted(sample for result in results for sample in result.delivered[step])
+        assert together == sorted(whole.delivered[3 + step])
+        in_order = [
+            sample for row in zip(*(result.delivered[step] for result in results), strict=True) for sample in row
+        ]
+        assert in_order == whole.delivered[3 + step]
