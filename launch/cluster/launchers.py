@@ -1,6 +1,7 @@
 """The four ways to start a job. Each can name its commands, check the nodes, and run to the end."""
 
 import argparse
+import logging
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from launch.cluster.stop import signal_ranks
 from launch.cluster.supervise import supervise
 
 __all__ = ["Launcher", "choose_launcher"]
+
+logger = logging.getLogger(__name__)
 
 _FORWARDED = ("NCCL_", "GLOO_")
 _STOP_TIMEOUT_S = 30.0
@@ -74,6 +77,7 @@ class SshLauncher:
         limit = self._timeout_s + self._ssh.connect_timeout_s + 30  # Python and torch have to start as well
         answers = run_everywhere(self._checks(), self._ssh, timeout_s=limit, stop_at_first_failure=True)
         _judge(answers)
+        logger.info("%s", answers[0].output)
 
     def start(self) -> int:
         """Start, and see that no node stays behind."""

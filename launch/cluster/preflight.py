@@ -75,10 +75,10 @@ def preflight(
 
 
 def _meet(nodes: int, node_rank: int, master_addr: str, port: int, timeout_s: float) -> "TCPStore":
-    from torch._C._distributed_c10d import TCPStore
-
     if node_rank == 0:
         _check_port(port)
+    from torch._C._distributed_c10d import TCPStore
+
     try:
         return TCPStore(
             master_addr,

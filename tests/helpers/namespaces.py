@@ -50,7 +50,12 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
         pytest.skip(f"network namespaces are not permitted here: {made.stderr.strip()}")
     try:
         _ip("netns", "add", nodes[1].name)
-        _ip("-n", nodes[0].name, *("link add eth0 type veth peer name eth0 netns".split()), nodes[1].name)
+        _ip(
+            "-n",
+            nodes[0].name,
+            *(["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns"]),
+            nodes[1].name,
+        )
         for node in nodes:
             _ip("-n", node.name, "address", "add", f"{node.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
