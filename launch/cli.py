@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("launch.cmd_train", "train a model from one configuration file"),
     "study": ("launch.cmd_study", "compare alignment attacks by many small trainings"),
     "checkpoint": ("launch.cmd_checkpoint", "look at checkpoints, check them, thin them out"),
+    "launch": ("launch.cmd_launch", "the same training over one or several nodes, checked before it starts"),
     "attack": ("launch.cmd_attack", "show what the alignment attack does to training images"),
     "import": ("launch.cmd_import", "weights of arcface_torch, AdaFace, CVLface -> checkpoint, and back"),
     "export": ("launch.cmd_export", "checkpoint -> ONNX, with a parity gate"),

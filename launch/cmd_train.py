@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     from launch.training_data import open_training_data
     from launch.training_evaluators import open_evaluators
 
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun's name for it, and DeepSpeed's
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
     if config.engine.threads is None:
         threads = max(1, free_cores() // local_ranks)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
