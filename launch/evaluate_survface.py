@@ -65,7 +65,7 @@ def _identify(args: argparse.Namespace, collection: "Collection") -> _Found:
     from retrieval.templates import Pooling, pool_templates
 
     lists = read_survface(args.root)
-    samples, count = survface_samples(lists, collection, image_gallery=args.image_gallery)
+    samples, count = survface_samples(lists, collection.keys, image_gallery=args.image_gallery)
     chunks = collection.chunks(samples.keys, samples.stream_order())
     templates = pool_templates(samples, chunks, Pooling(keep_norm=False, media=False), name="SurvFace")
     rows = np.arange(len(templates))
