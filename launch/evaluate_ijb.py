@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     evaluate = _verify if args.task == "1:1" else _search
     found = evaluate(args, name, samples, templates, lists)
     found.parts["counts"] |= {"images": len(samples.keys), "templates": len(templates), "missing": collection.missing}
+    found.parts["counts"]["fte_samples"] = len(samples.keys) - int(templates.metadata["samples_used"])
     finish(
         args,
         f"{name}-{args.task.replace(':', '')}",

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "gallery_2": len(two),
         "samples": len(samples.keys),
         "missing": collection.missing,
+        "fte_samples": len(samples.keys) - int(templates.metadata["samples_used"]),
     }
     finish(
         args,

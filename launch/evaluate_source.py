@@ -204,9 +204,10 @@ def finish(
     parts = dict(parts)
     warnings = list(parts.pop("warnings", ()))
     counts = dict(parts.pop("counts"))
-    for name, count in (expected or {}).items():
-        if counts.get(name, count) != count:
-            warnings.append(f"{counts[name]} {name}; the original has {count}. These are not its numbers.")
+    others = {name: count for name, count in (expected or {}).items() if counts.get(name, count) != count}
+    if others:
+        listed = ", ".join(f"{name} {counts[name]} (the original has {count})" for name, count in others.items())
+        warnings.append(f"This is not the whole original set, and these are not its numbers: {listed}.")
     if counts.get("missing"):
         warnings.append(f"{counts['missing']} samples are missing or unreadable; they count as failures to enrol.")
     prepared, unknown = preprocessing(model, alignment=getattr(args, "alignment", None))

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         strata = identification_by_stratum(result, manifest.conditions[args.condition])
         parts["conditions"] = strata_records(strata, args.condition, fpir_labels=args.fpir)
     parts["counts"] |= {"samples": len(samples.keys), "missing": collection.missing}
+    parts["counts"]["fte_samples"] = len(samples.keys) - int(templates.metadata["samples_used"])
     finish(
         args,
         "templates",

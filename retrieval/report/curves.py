@@ -61,17 +61,20 @@ def _cmc(named: Mapping[str, Record], prefix: str, tail: str) -> list[Block]:
 
 
 def _identification(named: Mapping[str, Record], prefix: str, tail: str) -> list[Block]:
-    galleries = {}
+    galleries: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
     for name, curves in named.items():
         found = [curve for curve in curves.get("iet", ()) if curve["fpir"]]
         for number, curve in enumerate(found, start=1):
             title = name if len(found) == 1 else f"{name}, gallery {number}"
             galleries[title] = curve
+            if len(found) == 1 or len(named) == 1:
+                shown[title] = curve
         if (mean := curves.get("iet_mean")) is not None and len(found) > 1:
-            galleries[f"{name}, mean"] = mean
+            shown[f"{name}, mean of galleries"] = mean
     if not galleries:
         return []
-    lines = {n: {"x": c["fpir"], "y": c["fnir"], "negatives": c["non_mated"]} for n, c in galleries.items()}
+    lines = {n: {"x": c["fpir"], "y": c["fnir"], "negatives": c["non_mated"]} for n, c in shown.items()}
     blocks: list[Block] = [
         Plot(
             f"{prefix}-fnir-fpir",

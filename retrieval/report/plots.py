@@ -13,7 +13,6 @@ from retrieval.report.style import (
     INK,
     MUTED,
     label,
-    legend,
     legend_above,
     line_style,
     marked_style,
@@ -147,22 +146,25 @@ def plot_histograms(scores: Mapping[str, Mapping[str, Any]], *, kinds: tuple[str
     rows = math.ceil(len(scores) / columns)
     size = (6.0, 3.9) if len(scores) == 1 else (7.4, 2.9 * rows + 0.4)
     figure, panels = new_figure(rows, columns, size, sharex=True, sharey=True)
+    highest = 0.0
     for axes, (name, record) in zip(panels.flat, scores.items(), strict=False):
         edges = np.asarray(record["edges"])
         for index, (key, kind) in enumerate(zip(("genuine", "impostor"), kinds, strict=True)):
             counts = np.asarray(record[key], float)
             shares = 100 * counts / max(counts.sum(), 1)
             axes.stairs(shares, edges, fill=True, alpha=0.25, color=COLOURS[index])
-            axes.stairs(shares, edges, label=f"{kind} ({int(counts.sum()):,} {unit})", **line_style(index))
-        if len(scores) > 1:
-            axes.set_title(name, fontsize=10, color=INK, loc="left")
-        axes.set_ylim(bottom=0)
-        legend(axes)
+            axes.stairs(shares, edges, label=kind, **line_style(index))
+            highest = max(highest, float(shares.max()))
+        sizes = (f"{int(sum(record[key])):,} {kind}" for key, kind in zip(("genuine", "impostor"), kinds, strict=True))
+        title = "" if len(scores) == 1 else f"{name}: "
+        axes.set_title(f"{title}{', '.join(sizes)} {unit}", fontsize=9, color=INK, loc="left")
+        axes.set_ylim(0, 1.08 * highest)
     for axes in panels.flat[len(scores) :]:
         axes.set_visible(False)
     for axes in panels[-1]:
         axes.set_xlabel("score", color=INK, fontsize=11)
     figure.supylabel("share per bin [%]", color=INK, fontsize=11)
+    legend_above(figure, panels[0, 0])
     return figure
 
 

@@ -1,6 +1,7 @@
 """Published values beside ours, with the rule that each was made by."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,9 @@ from retrieval.report.groups import Group, Record
 from retrieval.report.wording import difference, metric_name, percent
 
 __all__ = ["PublishedRow", "Reference", "published_rows", "published_table", "reference_table"]
+
+#: Metrics of published rows that are shown, those that most rows have.
+_MOST_COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def published_table(group: Group) -> list[Block]:
     """Ours on top of the published rows of the same protocol, for the metrics that both have."""
     rows = [row for row in published_rows() if row.protocol == group.protocol]
     ours = {_key(name): entry for name, entry in group.first["metrics"].items()}
-    names = list(dict.fromkeys(_key(name) for row in rows for name in row.metrics if _key(name) in ours))
+    counts = Counter(_key(name) for row in rows for name in row.metrics)
+    names = [name for name in ours if name in dict(counts.most_common(_MOST_COLUMNS))]
     if not names:
         return []
     body = [
@@ -78,7 +83,8 @@ def _own(record: Record, names: Sequence[str]) -> list[str]:
 
 
 def _rule(record: Record) -> str:
-    return "; ".join(str(part) for part in (record["rule"], record.get("pooling")) if part)
+    pooling = str(record.get("pooling", "")).replace(", F", "F")
+    return "; ".join(part for part in (str(record["rule"]), pooling) if part)
 
 
 def _key(metric: str) -> str:

@@ -108,9 +108,11 @@ def _strata(group: Group) -> list[Block]:
             text_columns=2,
         )
     ]
-    shown = [key for key in keys if key.startswith(("tar@", "rank_1"))][-1:] + [
-        key for key in keys if key.startswith(("fmr@", "fpir@"))
-    ][-1:]
+    metrics = group.first["metrics"]
+    rates = [key.partition("@")[2] for key in keys if key.startswith(("tar@", "tpir@"))]
+    supported = [rate for rate in rates for name in ("tar@", "tpir@") if metrics.get(name + rate, {}).get("supported")]
+    shown = ["rank_1", *(name + rate for rate in supported[:1] for name in ("tar@", "tpir@", "fmr@", "fpir@"))]
+    shown = [key for key in shown if key in keys]
     if len(names) <= _MOST_BARS:
         for key in shown:
             bars = {

@@ -12,7 +12,6 @@ __all__ = [
     "INK",
     "MUTED",
     "label",
-    "legend",
     "line_style",
     "marked_style",
     "new_figure",
@@ -60,11 +59,6 @@ def label(axes: Any, x: str, y: str) -> None:
     """Name both axes."""
     axes.set_xlabel(x, color=INK, fontsize=11)
     axes.set_ylabel(y, color=INK, fontsize=11)
-
-
-def legend(axes: Any, **options: Any) -> None:
-    """Name the lines, inside the axes."""
-    axes.legend(frameon=False, fontsize=10, labelcolor=INK, handlelength=3.2, **options).set_in_layout(True)
 
 
 def legend_above(figure: Any, axes: Any, *, columns: int = 3) -> None:

@@ -108,6 +108,7 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, str, str, str, str, str]:
 
 _FAILURES = {
     "missing": "images missing or unreadable",
+    "fte_samples": "samples without a usable embedding",
     "fte_probes": "probes that failed to enrol",
     "fte_gallery": "gallery entries that failed to enrol",
     "fte_pairs": "pairs with a side that failed",

@@ -110,20 +110,28 @@ def meaning(keys: Iterable[str]) -> str:
 
 def _rate(text: str) -> str:
     try:
-        return f"{100 * float(text):g} %"
+        value = float(text)
     except ValueError:
         return text
+    return f"{100 * value:g} %" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def percent(value: float | None, *, digits: int = 1) -> str:
     """A share as percent; a dash for a value that does not exist."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    if value is None:
+        return "–"
+    return f"{_hundredfold(value, digits)} %"
+
+
+def _hundredfold(value: float, digits: int) -> str:
+    """In percent; a value that would be rounded to nothing keeps its two leading digits."""
+    return f"{100 * value:.2g}" if 0 < value < 0.5 * 10 ** (-2 - digits) else f"{100 * value:.{digits}f}"
 
 
 def interval(entry: Mapping[str, Any]) -> str:
     """`12.3 – 14.5 %`, or nothing."""
     bounds = entry.get("ci95")
-    return f"{100 * bounds[0]:.1f} – {100 * bounds[1]:.1f} %" if bounds else ""
+    return f"{' – '.join(_hundredfold(bound, 1) for bound in bounds)} %" if bounds else ""
 
 
 def with_interval(entry: Mapping[str, Any] | None) -> str:
@@ -134,7 +142,8 @@ def with_interval(entry: Mapping[str, Any] | None) -> str:
         return "–"
     star = "" if entry.get("supported", True) else " *"
     bounds = entry.get("ci95")
-    return percent(entry["value"]) + (f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else "") + star
+    limits = f" [{', '.join(_hundredfold(bound, 1) for bound in bounds)}]" if bounds else ""
+    return percent(entry["value"]) + limits + star
 
 
 def difference(ours: float | None, reference: float) -> str:
