@@ -176,7 +176,7 @@ def _stages(
         ),
         Stage(
             "Misalign the probes",
-            ("evaluate", "fae", "--model", str(model), "--faces", str(test), "--out", str(results[2])),
+            ("evaluate", "fae", "--model", str(model), "--faces", str(test), "--trials", "1", "--out", str(results[2])),
         ),
         Stage("Show the attack", ("attack", str(run_dir), "--out", str(out / "attack.png"))),
         Stage(

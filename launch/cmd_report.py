@@ -1,6 +1,7 @@
-"""Result files to one page of tables and curves: report.html, which opens without a network, and report.md.
+"""Result files to one page of tables and curves: report.html, which opens without a network, report.md, results.json.
 
-RESULT is what `aroface evaluate` wrote. The page says what each number means, and holds the warnings of the results.
+RESULT is what `aroface evaluate` wrote. Results of one protocol stand side by side, published values of that protocol
+beneath them, each with the rule that it was made by. The page says what each number means, and holds the warnings.
 """
 
 import argparse
@@ -18,7 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--references",
         type=Path,
         metavar="FILE.json",
-        help='published values: {"rows": [{protocol, metric, value, source}]}',
+        help='values to compare with: {"rows": [{protocol, metric, value, source}]}',
+    )
+    parser.add_argument(
+        "--names",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        default=(),
+        metavar="NAME,..",
+        help="what to call the system of each RESULT (default: the id of its model)",
     )
     parser.add_argument("--title", default="Face recognition report", help="heading of the page (%(default)s)")
 
@@ -27,7 +35,14 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, write."""
     from retrieval.report import read_inputs, write_report
 
-    inputs = read_inputs(args.results, run=args.run, stages=args.stages, grid=args.grid, references=args.references)
+    inputs = read_inputs(
+        args.results,
+        run=args.run,
+        stages=args.stages,
+        grid=args.grid,
+        references=args.references,
+        names=args.names,
+    )
     for page in write_report(inputs, args.out, title=args.title):
         print(page)
     return 0

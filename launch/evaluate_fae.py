@@ -1,30 +1,46 @@
 """FAE-1: identification and verification against the angle, shift and scale error of the probes' alignment.
 
-The gallery stays aligned, unless --sides both. Beside angle, shift, scale and all three at once, the landmarks are made
-wrong and the face aligned anew from them. Every severity is measured with the threshold re-calibrated to FAR 1e-2, and
-with that of the clean probes kept ("frozen"): FNMR and FMR of a system whose threshold was set once.
+References stay aligned, unless --sides both. Beside angle, shift, scale and all three at once, the landmarks are made
+wrong and the face aligned anew from them; every probe is resampled once from its source. Every severity is measured
+with the threshold set anew, and with that of the clean probes kept ("frozen"): errors of a system whose threshold was
+set once. Give the results of several models to `aroface report`: it draws them in one figure.
+
+--on faces takes any identity/image set: the first image of each identity is enrolled. Every other set takes the files
+of its protocol by --lists: a list of pairs, a .bin, or a folder of lists.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate_options import positive
+from launch.evaluate_options import positive, rates
+from launch.fae_sets import SETS, TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help="run directory, checkpoint or .onnx")
-    parser.add_argument("--faces", type=Path, required=True, metavar="PATH", help="folder, .zip or shards")
+    parser.add_argument("--on", choices=SETS, default="faces", help="which set (%(default)s)")
+    parser.add_argument("--lists", type=Path, metavar="PATH", help="files of the protocol, for all sets but faces")
+    parser.add_argument("--faces", type=Path, metavar="PATH", help="the images: folder, .zip or shards")
+    parser.add_argument(
+        "--task", choices=sorted({task for tasks in TASKS.values() for task in tasks}), help="of ijbb, ijbc and ijbs"
+    )
+    parser.add_argument("--pooling", metavar="CODE", help="of template sets (default: that of the protocol)")
+    parser.add_argument(
+        "--max-missing-pairs", type=int, default=0, metavar="N", help="that may be left out (%(default)s)"
+    )
     subset = parser.add_mutually_exclusive_group()
     subset.add_argument("--subset", type=positive, default=500, metavar="N", help="probes at the most (%(default)s)")
     subset.add_argument("--all", action="store_true", help="every probe")
     parser.add_argument(
-        "--trials", type=positive, default=1, metavar="T", help="draws of shifts and of severities (%(default)s)"
+        "--trials", type=positive, default=3, metavar="T", help="draws of the random errors (%(default)s)"
     )
     parser.add_argument(
         "--sides", choices=("probe", "both"), default="probe", help="whose alignment is wrong (%(default)s)"
     )
+    parser.add_argument("--far", type=rates, default=rates("1e-2"), metavar="RATE", help="of false matches (1e-2)")
+    parser.add_argument("--fpir", type=rates, default=rates("0.1"), metavar="RATE", help="of false alarms (0.1)")
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
@@ -34,23 +50,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
     from launch.embedders import open_embedder
+    from launch.fae_sets import open_fae_set
     from launch.progress import Progress
-    from retrieval.protocols.fae import FaeSettings, evaluate_fae, num_forward_images
+    from retrieval.protocols.fae import FaeSettings, evaluate_fae_set, num_forward_images
     from retrieval.results import file_hashes, write_result
-    from shards.faces import open_face_set
 
-    faces = open_face_set(args.faces)
+    faces, data_set = open_fae_set(args)
     settings = FaeSettings(
         subset=None if args.all else args.subset,
         trials=args.trials,
         sides=args.sides,
+        far=args.far[0],
+        fpir=args.fpir[0],
         flip=args.flip,
         batch_size=args.batch,
     )
     embedder = open_embedder(args.model, threads=args.threads, batch_size=args.batch)
-    with Progress("FAE-1", total=num_forward_images(faces, settings), unit="images") as progress:
-        record = evaluate_fae(embedder, faces, settings, on_progress=progress.update)
-    files = [args.faces] if args.faces.is_file() else []
+    with Progress("FAE-1", total=num_forward_images(data_set, settings), unit="images") as progress:
+        record = evaluate_fae_set(embedder, faces, data_set, settings, on_progress=progress.update)
+    files = [*data_set.files, *([args.faces] if args.faces is not None and args.faces.is_file() else [])]
     record["inputs"] = {"faces": str(args.faces), "files": file_hashes(files)}
     write_result(args.out, record)
     _print(record)
@@ -62,7 +80,7 @@ def _print(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     names = list(record["sweeps"][0]["points"][0]["metrics"])
-    table = Table(title="FAE-1", title_justify="left", caption_justify="left")
+    table = Table(title=f"FAE-1 on {record['set']}", title_justify="left", caption_justify="left")
     for heading in ("sweep", "level", "NME", *names):
         table.add_column(heading, justify="left" if heading == "sweep" else "right")
     for sweep in record["sweeps"]:
@@ -74,4 +92,7 @@ def _print(record: dict[str, Any]) -> None:
         table.add_section()
     areas = (f"{name} {entry['value']:.3f}" for name, entry in record["metrics"].items() if name.startswith("area_"))
     table.caption = ", ".join(f"{name} {value}" for name, value in record["counts"].items()) + "\n" + "\n".join(areas)
-    Console().print(table)
+    say = Console().print
+    say(table)
+    for warning in record["warnings"]:
+        say(f"* {warning}")

@@ -1,4 +1,4 @@
-"""1:N search on embedding files: one embedding a template, cosine, ties counted against the probe.
+"""1:N search on embedding files: one embedding a template, ties counted against the probe.
 
 Closed set (CMC) and open set (TPIR at FPIR, at rank 1 and within the candidate list). With a second gallery all probes
 search both: ranks are pooled, open-set rates are formed per gallery and averaged.
@@ -6,8 +6,14 @@ search both: ranks are pooled, open-set rates are formed per gallery and average
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.evaluate_options import add_rule, counts, positive, print_record, rates
+from aroface.errors import DataError
+from launch.evaluate_options import add_rule, counts, positive, rates
+from launch.evaluate_source import add_out, add_similarity, finish, frozen
+
+if TYPE_CHECKING:
+    from retrieval.embeddings import EmbeddingSet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,18 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="entry",
         help="rivals: every gallery entry, or every identity by its best entry (%(default)s)",
     )
+    parser.add_argument("--alignment", metavar="ID", help="how the crops were aligned, kept in the result")
+    add_similarity(parser)
     add_rule(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+    add_out(parser, searches=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
+    from retrieval.details import search_details
     from retrieval.embedding_files import read_embeddings
     from retrieval.metrics import evaluate_identification
-    from retrieval.results import file_hashes, identification_record, result_record, write_result
+    from retrieval.results import identification_record
 
     paths = [path for path in (args.gallery, args.gallery_2, args.probes) if path]
     *galleries, probes = (read_embeddings(path) for path in paths)
+    for embeddings in (*galleries, probes):
+        _refuse_twice(embeddings)
     result = evaluate_identification(
         galleries,
         probes,
@@ -46,10 +57,37 @@ def run(args: argparse.Namespace) -> int:
         candidates=args.candidates,
         rank_level=args.rank_level,
         rule=args.rule,
+        similarity=args.similarity,
+        resamples=args.resamples,
     )
     parts = identification_record(result, fpir_labels=args.fpir)
-    inputs = {"files": file_hashes(paths), "model": dict(probes.metadata)}
-    record = result_record("identification", args.rule, **parts, inputs=inputs)
-    write_result(args.out, record)
-    print_record(record, title="Identification")
+    parts["metrics"] |= frozen(args, searches=result.searches)
+    finish(
+        args,
+        "identification",
+        parts,
+        title="Identification",
+        rule=args.rule,
+        model=probes.metadata,
+        files=paths,
+        details=search_details(result.searches, probes.subject_ids),
+        searched=(galleries, probes),
+        similarity=args.similarity,
+    )
     return 0
+
+
+def _refuse_twice(embeddings: "EmbeddingSet") -> None:
+    """One row is one template: two rows of one template are samples that nobody has fused, or a row that slipped in."""
+    import numpy as np
+
+    for column in ("template_ids", "keys"):
+        if (values := getattr(embeddings, column)) is None:
+            continue
+        names, counts_of = np.unique(values, return_counts=True)
+        if (counts_of > 1).any():
+            twice = names[counts_of > 1][0].item()
+            raise DataError(
+                f"{embeddings.name}: {column} holds {twice!r} twice. A template is one row, searched or enrolled once: "
+                "remove the copy, or fuse its samples with `aroface evaluate templates`."
+            )

@@ -7,20 +7,43 @@ of the list of images, by `keys` or in its order. Both galleries of 1:N are sear
 
 import argparse
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from aroface.errors import DataError
 from launch.evaluate_options import add_rule, positive, rates
-from launch.evaluate_source import add_out, add_pooling, add_source, finish, open_collection
+from launch.evaluate_source import (
+    add_out,
+    add_pooling,
+    add_similarity,
+    add_source,
+    finish,
+    frozen,
+    open_collection,
+    quality_name,
+)
 
 if TYPE_CHECKING:
     from retrieval.embeddings import EmbeddingSet
-    from retrieval.protocols.ijb import IjbName, TemplateList
+    from retrieval.metrics import VerificationResult
+    from retrieval.protocols.ijb import IjbName, IjbPairs, TemplateList
     from retrieval.templates import TemplateSamples
 
 _FARS = "1e-6,1e-5,1e-4,1e-3,1e-2,1e-1"
 _FPIRS = "0.001,0.01,0.1"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a task gives."""
+
+    parts: dict[str, Any]  #: of the record
+    expected: dict[str, int]  #: counts of the original
+    files: list[Path]
+    details: dict[str, Any]
+    scores: Any = None
+    searched: Any = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"1:1 ({_FARS})")
     parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"1:N ({_FPIRS})")
     parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="1:N list length (%(default)s)")
+    add_similarity(parser)
     add_rule(parser)
-    add_out(parser)
+    add_out(parser, pairs=True, searches=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,18 +83,22 @@ def run(args: argparse.Namespace) -> int:
         chunks = collection.chunks(samples.keys, samples.stream_order(), landmarks=landmarks)
         templates = pool_templates(samples, chunks, pooling, name=name)
     evaluate = _verify if args.task == "1:1" else _search
-    parts, expected, more_files, details = evaluate(args, name, samples, templates, lists)
-    parts["counts"] |= {"images": len(samples.keys), "templates": len(templates), "missing": collection.missing}
+    found = evaluate(args, name, samples, templates, lists)
+    found.parts["counts"] |= {"images": len(samples.keys), "templates": len(templates), "missing": collection.missing}
+    found.parts["counts"]["fte_samples"] = len(samples.keys) - int(templates.metadata["samples_used"])
     finish(
         args,
         f"{name}-{args.task.replace(':', '')}",
-        parts,
+        found.parts,
         title=f"{name.upper()} {args.task}",
         rule=args.rule,
         model=templates.metadata,
-        files=[*files, *list_files, *more_files],
-        expected=expected,
-        details=details,
+        files=[*files, *list_files, *found.files],
+        expected=found.expected,
+        details=found.details,
+        scores=found.scores,
+        searched=found.searched,
+        similarity=args.similarity,
         pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
     )
     return 0
@@ -93,7 +121,7 @@ def _verify(
     samples: "TemplateSamples",
     templates: "EmbeddingSet",
     lists: "tuple[TemplateList, ...]",
-) -> tuple[dict[str, Any], dict[str, int], list[Path], dict[str, Any]]:
+) -> _Found:
     import numpy as np
 
     from retrieval.details import pair_details
@@ -104,48 +132,51 @@ def _verify(
     path = args.pairs or args.meta / f"{name}_template_pair_label.txt"
     pairs = read_ijb_pairs(path, samples.template_ids)
     subjects = subjects_of_pairs(pairs, len(templates))
-    scores = pair_scores(templates, pairs.first, pairs.second)
+    scores = pair_scores(templates, pairs.first, pairs.second, similarity=args.similarity)
+    sides = subjects[pairs.first], subjects[pairs.second]
     result = evaluate_pairs(
-        scores,
-        pairs.same,
-        fars=args.far.values,
-        rule=args.rule,
-        subjects=(subjects[pairs.first], subjects[pairs.second]),
-        resamples=args.resamples,
+        scores, pairs.same, fars=args.far.values, rule=args.rule, subjects=sides, resamples=args.resamples
     )
-    parts = verification_record(result, far_labels=args.far)
+    parts = verification_record(
+        result,
+        far_labels=args.far,
+        quality=templates.pair_quality(pairs.first[pairs.same], pairs.second[pairs.same]),
+        quality_name=quality_name(args, templates),
+    )
+    parts["metrics"] |= frozen(args, genuine=result.genuine, impostor=result.impostor)
     files = [path]
     if args.covariates is not None:
-        first = pairs.first[pairs.same]
-        parts["conditions"] = _strata(args, np.asarray(samples.template_ids)[first], result)
+        parts["conditions"] = _strata(args, np.asarray(samples.template_ids), pairs, scores, result)
         files.append(args.covariates)
-    details = pair_details(scores, pairs.same, (subjects[pairs.first], subjects[pairs.second]))
-    return parts, COUNTS[name] if args.pairs is None else {}, files, details
+    return _Found(
+        parts, COUNTS[name] if args.pairs is None else {}, files, pair_details(scores, pairs.same, sides), scores
+    )
 
 
-def _strata(args: argparse.Namespace, template_ids: Any, result: Any) -> dict[str, Any]:
-    """TAR by covariate at every FAR, with the threshold of all pairs."""
-    from retrieval.metrics import tar_by_stratum
-    from retrieval.protocols.ijb import match_templates, read_covariates
+def _strata(
+    args: argparse.Namespace, template_ids: Any, pairs: "IjbPairs", scores: Any, result: "VerificationResult"
+) -> dict[str, Any]:
+    """TAR and FMR by a covariate of the first side at every FAR, with the threshold of all pairs."""
+    from retrieval.protocols.ijb import covariate_codes
     from retrieval.results import metric
 
     if args.covariate is None:
         raise DataError(f"--covariates {args.covariates} needs --covariate, the name of a column.")
-    import numpy as np
+    from retrieval.metrics import rates_by_stratum
 
-    listed, values = read_covariates(args.covariates, args.covariate)
-    order = np.argsort(listed.template_ids)
-    places = match_templates(template_ids, listed.template_ids[order], path=args.covariates)
-    strata = np.asarray(values)[order][places]
+    names, of_template = covariate_codes(args.covariates, args.covariate, template_ids, used=pairs.first)
+    codes = of_template[pairs.first]
     conditions: dict[str, Any] = {}
-    for label, point in zip(args.far, result.points, strict=True):
-        if point.point is None:
-            continue
-        for stratum, count, value, interval in tar_by_stratum(result.genuine, strata, point.point):
-            entry = conditions.setdefault(
-                f"{args.covariate}={stratum}", {"counts": {"genuine": count}, "metrics": {}, "curves": {}}
-            )
-            entry["metrics"][f"tar@far={label}"] = metric(value, interval=interval)
+    for kind, count, chosen in (("tar", "genuine", pairs.same), ("fmr", "impostor", ~pairs.same)):
+        own_scores, own_codes = scores[chosen], codes[chosen]
+        for label, point in zip(args.far, result.points, strict=True):
+            if point.point is None:
+                continue
+            for stratum, total, value, interval in rates_by_stratum(own_scores, own_codes, names, point.point):
+                key = f"{args.covariate}={stratum}"
+                entry = conditions.setdefault(key, {"counts": {}, "metrics": {}, "curves": {}})
+                entry["counts"][count] = total
+                entry["metrics"][f"{kind}@far={label}"] = metric(value, interval=interval, threshold_of="all pairs")
     return conditions
 
 
@@ -155,7 +186,7 @@ def _search(
     samples: "TemplateSamples",
     templates: "EmbeddingSet",
     lists: "tuple[TemplateList, ...]",
-) -> tuple[dict[str, Any], dict[str, int], list[Path], dict[str, Any]]:
+) -> _Found:
     import numpy as np
 
     from retrieval.details import search_details
@@ -179,9 +210,12 @@ def _search(
         fpirs=args.fpir.values,
         candidates=args.candidates,
         rule=args.rule,
+        similarity=args.similarity,
         resamples=args.resamples,
     )
     parts = identification_record(result, fpir_labels=args.fpir)
+    parts["metrics"] |= frozen(args, searches=result.searches)
     parts["counts"] |= {"gallery_1": len(one), "gallery_2": len(two)}
     expected = {key: COUNTS[name][key] for key in ("gallery_1", "gallery_2", "probes")}
-    return parts, expected, [], search_details(result.searches, probes.subject_ids)
+    details = search_details(result.searches, probes.subject_ids)
+    return _Found(parts, expected, [], details, searched=((one, two), probes))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.evaluate_options import add_rule, positive, rates
-from launch.evaluate_source import add_out, add_pooling, add_source, finish, open_collection
+from launch.evaluate_source import add_out, add_pooling, add_similarity, add_source, finish, frozen, open_collection
 
 _FPIRS = "0.01,0.1"
 
@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pooling(parser, "N1D0")
     parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"FPIRs ({_FPIRS})")
     parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="list length (%(default)s)")
+    add_similarity(parser)
     add_rule(parser)
-    add_out(parser)
+    add_out(parser, searches=True)
     parser.set_defaults(flip="none")
 
 
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         "fpirs": args.fpir.values,
         "candidates": args.candidates,
         "rule": args.rule,
+        "similarity": args.similarity,
         "resamples": args.resamples,
     }
     closed = evaluate_identification([concatenate([one, two])], probes, **settings)
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     parts = identification_record(opened, fpir_labels=args.fpir)
     of_both = identification_record(closed, fpir_labels=args.fpir)
     parts["metrics"] |= {key: entry for key, entry in of_both["metrics"].items() if key.startswith("rank_")}
+    parts["metrics"] |= frozen(args, searches=opened.searches)
     parts["curves"] |= {"cmc": of_both["curves"]["cmc"]}
     parts["counts"] |= {
         "mated": closed.num_mated,
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "gallery_2": len(two),
         "samples": len(samples.keys),
         "missing": collection.missing,
+        "fte_samples": len(samples.keys) - int(templates.metadata["samples_used"]),
     }
     finish(
         args,
@@ -82,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         model=templates.metadata,
         files=plan.files,
         details=search_details(closed.searches, probes.subject_ids),
+        searched=((one, two), probes),
+        similarity=args.similarity,
         pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
     )
     return 0

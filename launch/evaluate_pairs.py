@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 
 from aroface.errors import ConfigError
 from launch.evaluate_options import add_rule, rates
-from launch.evaluate_source import add_out, add_source, finish, open_collection
+from launch.evaluate_source import (
+    add_out,
+    add_similarity,
+    add_source,
+    finish,
+    frozen,
+    open_collection,
+    quality_name,
+)
 from retrieval.metrics.rules import PAIR_RULES
 
 if TYPE_CHECKING:
@@ -27,15 +35,16 @@ _PAIRS = dict.fromkeys(("lfw", "agedb_30", "calfw", "cplfw", "xqlfw"), 6000) | {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     lists = parser.add_mutually_exclusive_group(required=True)
-    lists.add_argument("--bin", type=Path, metavar="FILE", help="verification set of InsightFace")
+    lists.add_argument("--bin", type=Path, metavar="FILE", help="verification set: .bin, or a saved folder of datasets")
     lists.add_argument("--pairs", type=Path, metavar="FILE", help="list of pairs; with --images, or `keys`")
     parser.add_argument(
         "--max-missing-pairs", type=int, default=0, metavar="N", help="that may be left out (%(default)s)"
     )
     add_source(parser, images="folder or archive of name/image.jpg")
     parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"FARs ({_FARS})")
+    add_similarity(parser)
     add_rule(parser, PAIR_RULES)
-    add_out(parser, resamples=None)
+    add_out(parser, pairs=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,19 +52,34 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from retrieval.details import pair_details
-    from retrieval.metrics import evaluate_pairs, pair_scores
+    from retrieval.metrics import evaluate_pairs, pair_scores, wilson
     from retrieval.protocols.lfw_pairs import fold_accuracy
     from retrieval.results import metric, verification_record
 
     faces, pairs, notes, missing = _from_bin(args) if args.bin is not None else _from_list(args)
     first, second, same = pairs
-    scores = pair_scores(faces, first, second)
-    parts = verification_record(evaluate_pairs(scores, same, fars=args.far.values, rule=args.rule), far_labels=args.far)
+    scores = pair_scores(faces, first, second, similarity=args.similarity)
     people = np.unique(faces.subject_ids, return_inverse=True)[1]
+    result = evaluate_pairs(
+        scores,
+        same,
+        fars=args.far.values,
+        rule=args.rule,
+        subjects=None if args.bin is not None else (people[first], people[second]),  # a .bin does not tell who it is
+        resamples=args.resamples,
+    )
+    parts = verification_record(
+        result,
+        far_labels=args.far,
+        quality=faces.pair_quality(first[same], second[same]),
+        quality_name=quality_name(args, faces),
+    )
+    parts["metrics"] |= frozen(args, genuine=result.genuine, impostor=result.impostor)
     parts["metrics"]["accuracy_best_threshold"] = parts["metrics"].pop("accuracy")
-    found, reason = fold_accuracy(scores, same)
+    found, reason = fold_accuracy(scores, same) if args.similarity == "cosine" else (None, "defined on cosines alone")
     parts["metrics"]["accuracy"] = metric(
         None if found is None else found.mean,
+        interval=None if found is None else wilson(round(found.mean * len(same)), len(same)),
         reason=reason,
         std=None if found is None else found.std,
         folds=None if found is None else list(found.folds),
@@ -69,21 +93,29 @@ def run(args: argparse.Namespace) -> int:
         title=args.entry,
         rule=args.rule,
         model=faces.metadata,
-        files=[args.bin or args.pairs],
+        files=_files(args.bin or args.pairs),
         details=pair_details(scores, same, (people[first], people[second])),
+        scores=scores,
+        similarity=args.similarity,
         expected={"pairs": _PAIRS[args.entry]} if args.entry in _PAIRS else None,
     )
     return 0
 
 
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
 def _from_bin(args: argparse.Namespace) -> "tuple[EmbeddingSet, Pairs, list[str], int]":
     import numpy as np
 
-    from aroface.bin_file import read_bin_file
     from retrieval.embedding_files import read_embeddings
     from retrieval.protocols.lfw_pairs import bin_faces, bin_pairs
+    from retrieval.protocols.pair_sets import read_pair_set
 
-    content = read_bin_file(args.bin)
+    if args.quality is not None:
+        raise ConfigError(f"--quality {args.quality} names images, and a .bin has no names; give --pairs and --images.")
+    content = read_pair_set(args.bin)
     pairs = bin_pairs(content)
     if args.embeddings is not None:
         faces = read_embeddings(args.embeddings)

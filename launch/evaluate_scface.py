@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--subjects", type=Path, metavar="FILE", help="subject numbers, one a line (default: all)")
     add_source(parser, images="folder of aligned faces, of any depth")
-    add_out(parser)
+    add_out(parser, thresholds=False)
 
 
 def run(args: argparse.Namespace) -> int:

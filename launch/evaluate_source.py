@@ -10,11 +10,20 @@ from aroface.errors import ConfigError
 from launch.evaluate_options import positive, print_record
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
+    from aroface.types import FaceSet
+    from retrieval.embeddings import EmbeddingSet
     from retrieval.protocols.collection import Collection
 
-__all__ = ["add_out", "add_pooling", "add_source", "finish", "open_collection"]
+__all__ = ["add_out", "add_pooling", "add_similarity", "add_source", "finish", "frozen", "open_collection"]
+__all__ += ["open_images", "quality_name"]
+
+#: Options that name files which the numbers depend on.
+_FILE_OPTIONS = ("embeddings", "quality", "thresholds")
+#: Length of candidate lists where a protocol has no --candidates.
+_CANDIDATES = 20
 
 
 def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
@@ -37,6 +46,13 @@ def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
         metavar="ID",
         help="how the crops were aligned, kept in the result: numbers of two alignments do not compare",
     )
+    group.add_argument(
+        "--quality",
+        type=Path,
+        metavar="FILE",
+        help="lines `image quality` or `person number quality`, in place of the norm: for error-versus-discard curves "
+        "and --pooling Q",
+    )
 
 
 def add_pooling(parser: argparse.ArgumentParser, default: str) -> None:
@@ -44,20 +60,45 @@ def add_pooling(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--pooling",
         default=default,
-        metavar="NxDx",
-        help="N1 keeps the norm of a sample, D1 weights by its detector score (%(default)s)",
+        metavar="CODE",
+        help="NxDx: N1 keeps the norm of a sample, D1 weights by its detector score; QDx: by --quality, else the norm; "
+        "PFE: by the variances of the embeddings (%(default)s)",
     )
 
 
-def add_out(parser: argparse.ArgumentParser, *, resamples: int | None = 1000) -> None:
-    """Declare --resamples and --out."""
-    if resamples is not None:
+def add_similarity(parser: argparse.ArgumentParser) -> None:
+    """Declare --similarity."""
+    parser.add_argument(
+        "--similarity",
+        choices=("cosine", "mls"),
+        default="cosine",
+        help="mls: mutual likelihood score, for embeddings with variances (%(default)s)",
+    )
+
+
+def add_out(
+    parser: argparse.ArgumentParser, *, pairs: bool = False, searches: bool = False, thresholds: bool = True
+) -> None:
+    """Declare --resamples, --out and what else is written, and --thresholds."""
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of the bootstrap over subjects, for the intervals; 0: Wilson, as of independent trials (%(default)s)",
+    )
+    if thresholds:
         parser.add_argument(
-            "--resamples",
-            type=int,
-            default=resamples,
-            metavar="N",
-            help="of the bootstrap over subjects, for the intervals; 0: none (%(default)s)",
+            "--thresholds",
+            type=Path,
+            metavar="R.json",
+            help="also the error rates here at the thresholds of that result: a system whose threshold was set once",
+        )
+    if pairs:
+        parser.add_argument("--save-scores", type=Path, metavar="S.npy", help="scores of all pairs, float32")
+    if searches:
+        parser.add_argument(
+            "--save-candidates", type=Path, metavar="C.csv", help="the best entries of every probe, as many as L"
         )
     parser.add_argument(
         "--details", type=Path, metavar="D.npz", help="also write every score, for `aroface evaluate compare`"
@@ -76,10 +117,16 @@ def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | 
     Raises:
         ConfigError: --model without --images.
     """
+    from retrieval.protocols.collection import RatedCollection
+    from retrieval.quality_file import QualityFile
+
+    collection = _opened(args, stack, total)
+    return collection if args.quality is None else RatedCollection(collection, QualityFile(args.quality).rate)
+
+
+def _opened(args: argparse.Namespace, stack: ExitStack, total: int | None) -> "Collection":
     from retrieval.embedding_files import read_embeddings
     from retrieval.protocols.collection import EmbeddedCollection, ImageCollection
-    from shards.faces import ImageFolder, open_face_set
-    from shards.manifest import MANIFEST_NAME
 
     if args.embeddings is not None:
         return EmbeddedCollection(read_embeddings(args.embeddings))
@@ -88,11 +135,37 @@ def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | 
     from launch.embedders import open_embedder
     from launch.progress import Progress
 
-    is_folder = args.images.is_dir() and not (args.images / MANIFEST_NAME).is_file()
-    faces = ImageFolder(args.images) if is_folder else open_face_set(args.images)
+    faces = open_images(args.images)
     embedder = open_embedder(args.model, threads=args.threads, batch_size=args.batch)
     progress = stack.enter_context(Progress("Embed", total=total or len(faces.keys), unit="images"))
     return ImageCollection(faces, embedder, flip=args.flip, batch_size=args.batch, on_progress=progress.update)
+
+
+def open_images(path: Path) -> "FaceSet":
+    """Any image below a folder, or the faces of shards or an archive."""
+    from shards.faces import ImageFolder, open_face_set
+    from shards.manifest import MANIFEST_NAME
+
+    is_folder = path.is_dir() and not (path / MANIFEST_NAME).is_file()
+    return ImageFolder(path) if is_folder else open_face_set(path)
+
+
+def quality_name(args: argparse.Namespace, embeddings: "EmbeddingSet") -> str:
+    """What the quality is, for the result."""
+    if getattr(args, "quality", None) is not None:
+        return str(args.quality.name)
+    return "norm" if embeddings.qualities is None or "pooling" in embeddings.metadata else "qualities of the file"
+
+
+def frozen(args: argparse.Namespace, **scores: Any) -> dict[str, Any]:
+    """Metrics at the thresholds of --thresholds, for `genuine` and `impostor` scores or for `searches`; else none."""
+    if args.thresholds is None:
+        return {}
+    from retrieval.frozen import frozen_identification, frozen_verification
+    from retrieval.results import read_result
+
+    source = read_result(args.thresholds)
+    return frozen_identification(source, **scores) if "searches" in scores else frozen_verification(source, **scores)
 
 
 def finish(
@@ -106,6 +179,8 @@ def finish(
     files: Sequence[Path],
     expected: Mapping[str, int] | None = None,
     details: "Mapping[str, NDArray[Any]] | None" = None,
+    scores: "NDArray[np.float32] | None" = None,
+    searched: "tuple[Sequence[EmbeddingSet], EmbeddingSet] | None" = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Write and print one record, with what was read and how it was prepared.
@@ -120,39 +195,61 @@ def finish(
         files: protocol files, whose hashes are kept.
         expected: counts of the original; another number is a warning.
         details: arrays for --details.
+        scores: of all pairs, for --save-scores.
+        searched: galleries and probes, for --save-candidates.
         **more: further entries of the record.
     """
-    from retrieval.results import file_hashes, result_record, write_result
+    from retrieval.results import file_hashes, preprocessing, result_record, write_result
 
     parts = dict(parts)
     warnings = list(parts.pop("warnings", ()))
     counts = dict(parts.pop("counts"))
-    for name, count in (expected or {}).items():
-        if counts.get(name, count) != count:
-            warnings.append(f"{counts[name]} {name}; the original has {count}. These are not its numbers.")
+    others = {name: count for name, count in (expected or {}).items() if counts.get(name, count) != count}
+    if others:
+        listed = ", ".join(f"{name} {counts[name]} (the original has {count})" for name, count in others.items())
+        warnings.append(f"This is not the whole original set, and these are not its numbers: {listed}.")
     if counts.get("missing"):
         warnings.append(f"{counts['missing']} samples are missing or unreadable; they count as failures to enrol.")
-    contract = model.get("contract")
-    alignment = args.alignment or (contract or {}).get("template")
-    if contract is None:
-        warnings.append("The embeddings do not say how their images were prepared (colour order, alignment, size).")
-    inputs = {"files": file_hashes(files), "model": dict(model)}
-    if args.embeddings is not None:
-        inputs["files"] |= file_hashes([args.embeddings])
+    prepared, unknown = preprocessing(model, alignment=getattr(args, "alignment", None))
+    read = [*files, *(p for name in _FILE_OPTIONS if (p := getattr(args, name, None)) is not None)]
     record = result_record(
         protocol,
         rule,
         counts=counts,
         **parts,
-        warnings=warnings,
-        inputs=inputs,
-        preprocessing={"contract": contract, "alignment": alignment or "unknown", "flip": model.get("flip", "unknown")},
+        warnings=[*warnings, *unknown],
+        inputs={"files": file_hashes(read), "model": dict(model)},
+        preprocessing=prepared,
         **more,
     )
+    _save(args, protocol, details, scores, searched)
+    write_result(args.out, record)
+    print_record(record, title=title)
+    return record
+
+
+def _save(
+    args: argparse.Namespace,
+    protocol: str,
+    details: "Mapping[str, NDArray[Any]] | None",
+    scores: "NDArray[np.float32] | None",
+    searched: "tuple[Sequence[EmbeddingSet], EmbeddingSet] | None",
+) -> None:
     if args.details is not None and details is not None:
         from retrieval.details import write_details
 
         write_details(args.details, protocol, dict(details))
-    write_result(args.out, record)
-    print_record(record, title=title)
-    return record
+    if getattr(args, "save_scores", None) is not None and scores is not None:
+        import numpy as np
+
+        from aroface.files import atomic_path
+
+        with atomic_path(args.save_scores) as temporary, temporary.open("wb") as file:
+            np.save(file, scores, allow_pickle=False)
+    if getattr(args, "save_candidates", None) is not None and searched is not None:
+        from retrieval.candidates import write_candidates
+
+        count = getattr(args, "candidates", _CANDIDATES)
+        write_candidates(
+            args.save_candidates, *searched, count=count, similarity=getattr(args, "similarity", None) or "cosine"
+        )

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.evaluate_options import rates
-from launch.evaluate_source import add_out, add_source, finish, open_collection
+from launch.evaluate_source import add_out, add_source, finish, frozen, open_collection, quality_name
 
 if TYPE_CHECKING:
+    from retrieval.metrics import GallerySearch
     from retrieval.protocols.collection import Collection
 
-#: Parts of the record, metadata of the model, files, and arrays for --details.
+#: Parts of the record, metadata of the model, files, and what `finish` may save.
 _Found = tuple[dict[str, Any], Any, tuple[Path, ...], dict[str, Any]]
 _FARS = "0.3,0.1,0.01,0.001"
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-gallery", action="store_true", help="every gallery image for itself, ranks by identity"
     )
     add_source(parser, images="folder with gallery/, mated_probe/ and unmated_probe/, or the verification images")
-    add_out(parser)
+    add_out(parser, pairs=True, searches=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         collection = open_collection(args, stack)
         evaluate = _identify if args.task == "identification" else _verify
-        parts, model, files, details = evaluate(args, collection)
+        parts, model, files, saved = evaluate(args, collection)
     parts["counts"]["missing"] = collection.missing
     finish(
         args,
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         rule="canonical",
         model=model,
         files=files,
-        details=details,
+        **saved,
     )
     return 0
 
@@ -64,7 +65,7 @@ def _identify(args: argparse.Namespace, collection: "Collection") -> _Found:
     from retrieval.templates import Pooling, pool_templates
 
     lists = read_survface(args.root)
-    samples, count = survface_samples(lists, collection, image_gallery=args.image_gallery)
+    samples, count = survface_samples(lists, collection.keys, image_gallery=args.image_gallery)
     chunks = collection.chunks(samples.keys, samples.stream_order())
     templates = pool_templates(samples, chunks, Pooling(keep_norm=False, media=False), name="SurvFace")
     rows = np.arange(len(templates))
@@ -78,8 +79,23 @@ def _identify(args: argparse.Namespace, collection: "Collection") -> _Found:
         resamples=args.resamples,
     )
     parts = identification_record(result, fpir_labels=FPIRS)
+    parts["metrics"]["auc_tpir_l"] = _area(result.searches[0], LIST_LENGTH)
+    parts["metrics"] |= frozen(args, searches=result.searches)
     parts["counts"]["gallery"] = count
-    return parts, templates.metadata, lists.files, search_details(result.searches, probes.subject_ids)
+    saved = {"details": search_details(result.searches, probes.subject_ids), "searched": ([gallery], probes)}
+    return parts, templates.metadata, lists.files, saved
+
+
+def _area(search: "GallerySearch", listed: int) -> dict[str, Any]:
+    """Area under TPIR (within the list) against FPIR: a miss is found at no threshold."""
+    from retrieval.metrics import area_under_roc
+    from retrieval.results import metric
+
+    mated, strangers = search.mated_best, search.non_mated_best
+    found = mated[search.rank[search.is_mated] <= listed]
+    if not len(found) or not len(strangers):
+        return metric(None, reason="no stranger, or nobody found within the list")
+    return metric(area_under_roc(found, strangers) * len(found) / len(mated))
 
 
 def _verify(args: argparse.Namespace, collection: "Collection") -> _Found:
@@ -98,8 +114,10 @@ def _verify(args: argparse.Namespace, collection: "Collection") -> _Found:
     faces = natural_embeddings(collection, keys, np.zeros(len(keys), np.int64), name="SurvFace")
     scores = pair_scores(faces, places[: len(left)], places[len(left) :])
     labels = rates(_FARS)
-    result = evaluate_pairs(scores, same, fars=labels.values)
-    parts = verification_record(result, far_labels=labels)
-    parts["metrics"]["auc"] = metric(area_under_roc(result.genuine, result.impostor))
     sides = places[: len(left)], places[len(left) :]  # every image for itself: the lists name no people
-    return parts, faces.metadata, files, pair_details(scores, same, sides)
+    result = evaluate_pairs(scores, same, fars=labels.values)
+    quality = faces.pair_quality(sides[0][same], sides[1][same])
+    parts = verification_record(result, far_labels=labels, quality=quality, quality_name=quality_name(args, faces))
+    parts["metrics"] |= frozen(args, genuine=result.genuine, impostor=result.impostor)
+    parts["metrics"]["auc"] = metric(area_under_roc(result.genuine, result.impostor))
+    return parts, faces.metadata, files, {"details": pair_details(scores, same, sides), "scores": scores}

@@ -6,20 +6,29 @@ aligned. A template without samples is a failure to enrol. One or two gallery na
 """
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aroface.errors import DataError
 from launch.evaluate_options import add_rule, counts, positive, rates
-from launch.evaluate_source import add_out, add_pooling, add_source, finish, open_collection
+from launch.evaluate_source import (
+    add_out,
+    add_pooling,
+    add_similarity,
+    add_source,
+    finish,
+    frozen,
+    open_collection,
+    quality_name,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from retrieval.metrics import IdentificationResult
+    from retrieval.embeddings import EmbeddingSet
 
 _FPIRS = "0.001,0.01,0.1"
+_FARS = "1e-4,1e-3,1e-2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,19 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flat", action="store_true", help="one mean over all samples, without a mean per media")
     parser.add_argument("--ranks", type=counts, default=[1, 5, 10, 20], metavar="K,..", help="ranks (1,5,10,20)")
     parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"FPIRs ({_FPIRS})")
+    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"FARs ({_FARS})")
     parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="list length (%(default)s)")
+    add_similarity(parser)
     add_rule(parser)
-    add_out(parser)
+    add_out(parser, searches=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
-    import numpy as np
-
     from retrieval.details import search_details
-    from retrieval.metrics import evaluate_identification
+    from retrieval.metrics import evaluate_identification, identification_by_stratum
     from retrieval.protocols.manifest import read_template_manifest
-    from retrieval.results import identification_record
+    from retrieval.results import identification_record, strata_records
     from retrieval.templates import Pooling, pool_templates
 
     manifest = read_template_manifest(args.manifest)
@@ -62,28 +71,25 @@ def run(args: argparse.Namespace) -> int:
         templates = pool_templates(samples, chunks, pooling, name=str(args.manifest))
     galleries = [templates.take(rows) for rows in manifest.galleries.values()]
 
-    def identify(rows: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> "IdentificationResult":
-        return evaluate_identification(
-            galleries,
-            templates.take(rows),
-            ranks=args.ranks,
-            fpirs=args.fpir.values,
-            candidates=args.candidates,
-            rule=args.rule,
-            resamples=args.resamples,
-        )
-
-    result = identify(manifest.probes)
+    probes = templates.take(manifest.probes)
+    result = evaluate_identification(
+        galleries,
+        probes,
+        ranks=args.ranks,
+        fpirs=args.fpir.values,
+        candidates=args.candidates,
+        rule=args.rule,
+        similarity=args.similarity,
+        resamples=args.resamples,
+    )
     parts = identification_record(result, fpir_labels=args.fpir)
+    parts["metrics"] |= frozen(args, searches=result.searches)
+    _add_verification(args, parts, galleries, probes)
     if args.condition is not None:
-        values = manifest.conditions[args.condition]
-        parts["conditions"] = {
-            f"{args.condition}={value}": identification_record(
-                identify(manifest.probes[values == value]), fpir_labels=args.fpir
-            )
-            for value in np.unique(values)
-        }
+        strata = identification_by_stratum(result, manifest.conditions[args.condition])
+        parts["conditions"] = strata_records(strata, args.condition, fpir_labels=args.fpir)
     parts["counts"] |= {"samples": len(samples.keys), "missing": collection.missing}
+    parts["counts"]["fte_samples"] = len(samples.keys) - int(templates.metadata["samples_used"])
     finish(
         args,
         "templates",
@@ -92,7 +98,43 @@ def run(args: argparse.Namespace) -> int:
         rule=args.rule,
         model=templates.metadata,
         files=manifest.files,
-        details=search_details(result.searches, templates.subject_ids[manifest.probes]),
+        details=search_details(result.searches, probes.subject_ids),
+        searched=(galleries, probes),
+        similarity=args.similarity,
         pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
     )
     return 0
+
+
+def _add_verification(
+    args: argparse.Namespace, parts: dict[str, Any], galleries: "Sequence[EmbeddingSet]", probes: "EmbeddingSet"
+) -> None:
+    """TAR at FAR of every probe against every entry, unless that is too many or the rule is for searches."""
+    import numpy as np
+
+    from retrieval.embeddings import concatenate
+    from retrieval.metrics import evaluate_pairs
+    from retrieval.metrics.all_pairs import MOST_COMPARISONS, compare_all
+    from retrieval.metrics.rules import PAIR_RULES
+    from retrieval.results import verification_record
+
+    gallery = concatenate(galleries)
+    if args.rule not in PAIR_RULES or len(gallery) * len(probes) > MOST_COMPARISONS:
+        return
+    compared = compare_all(gallery, probes, similarity=args.similarity)
+    codes = np.unique(np.concatenate([gallery.subject_ids, probes.subject_ids]), return_inverse=True)[1]
+    sides = codes[: len(gallery)][compared.entry], codes[len(gallery) :][compared.probe]
+    result = evaluate_pairs(
+        compared.scores,
+        compared.same,
+        fars=args.far.values,
+        rule=args.rule,
+        subjects=sides,
+        resamples=args.resamples,
+    )
+    quality = np.minimum(gallery.quality[compared.entry[compared.same]], probes.quality[compared.probe[compared.same]])
+    found = verification_record(result, far_labels=args.far, quality=quality, quality_name=quality_name(args, probes))
+    parts["metrics"] |= {name: entry for name, entry in found["metrics"].items() if name != "accuracy"}
+    parts["curves"] |= found["curves"]
+    parts["counts"] |= {name: found["counts"][name] for name in ("genuine", "impostor", "fte_pairs")}
+    parts["warnings"] += found["warnings"]

@@ -9,14 +9,15 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-from launch.evaluate_source import add_out, add_source, finish, open_collection
+from launch.evaluate_source import add_out, add_similarity, add_source, finish, open_collection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--lists", type=Path, required=True, metavar="DIR", help="folder of the two .mat files")
     add_source(parser, images="folder with Probe/, Gallery_Match/ and Gallery_Distractor/")
-    add_out(parser)
+    add_similarity(parser)
+    add_out(parser, searches=True, thresholds=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +32,13 @@ def run(args: argparse.Namespace) -> int:
         collection = open_collection(args, stack)
         gallery, probes = embed_tinyface(lists, collection)
     result = evaluate_identification(
-        [gallery], probes, ranks=RANKS, fpirs=(), with_average_precision=True, resamples=args.resamples
+        [gallery],
+        probes,
+        ranks=RANKS,
+        fpirs=(),
+        similarity=args.similarity,
+        with_average_precision=True,
+        resamples=args.resamples,
     )
     parts = identification_record(result, fpir_labels=())
     parts["counts"] |= {
@@ -50,5 +57,7 @@ def run(args: argparse.Namespace) -> int:
         files=lists.files,
         expected=COUNTS,
         details=search_details(result.searches, probes.subject_ids),
+        searched=([gallery], probes),
+        similarity=args.similarity,
     )
     return 0

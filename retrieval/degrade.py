@@ -19,6 +19,7 @@ from aroface.images import decode_rgb, encode_jpeg, resize_face
 
 __all__ = [
     "ALIGNED",
+    "CROP_PX",
     "INTER_OCULAR_PX",
     "Misalignment",
     "draw_jpeg_quality",
@@ -78,12 +79,19 @@ def sample_misalignment(generator: np.random.Generator, severity: float) -> Misa
     return Misalignment(_BOX_THETA_DEG * theta, 1.0 + _BOX_SCALE * scale, (_BOX_SHIFT_PX * x, _BOX_SHIFT_PX * y))
 
 
-def jitter_landmarks(generator: np.random.Generator, sigma: float) -> Misalignment:
+def jitter_landmarks(
+    generator: np.random.Generator, sigma: float, points: ArrayLike = ARCFACE_TEMPLATE_112
+) -> Misalignment:
     """What an aligner does when each of the five landmarks is wrong by a normal error of `sigma` eye distances.
 
     The crop is aligned anew from the wrong landmarks, by the least-squares similarity that alignment always uses.
+
+    Args:
+        generator: of the errors.
+        sigma: standard deviation in each direction, in eye distances of the template.
+        points: (5, 2) where the right landmarks lie in the aligned crop.
     """
-    found = ARCFACE_TEMPLATE_112 + sigma * INTER_OCULAR_PX * generator.standard_normal((5, 2))
+    found = np.asarray(points, np.float64) + sigma * INTER_OCULAR_PX * generator.standard_normal((5, 2))
     matrix = similarity_to_template(found)
     scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     centre = np.full(2, (CROP_PX - 1) / 2)
@@ -118,9 +126,9 @@ def move_points(points: ArrayLike, error: Misalignment) -> NDArray[np.float64]:
     return moved
 
 
-def nme(error: Misalignment) -> float:
-    """Mean distance that the five template landmarks move, over the distance of the eyes."""
-    distances = np.linalg.norm(move_points(ARCFACE_TEMPLATE_112, error) - ARCFACE_TEMPLATE_112, axis=1)
+def nme(error: Misalignment, points: ArrayLike = ARCFACE_TEMPLATE_112) -> float:
+    """Mean distance that the five landmarks (those of the template) move, over the distance of the template's eyes."""
+    distances = np.linalg.norm(move_points(points, error) - np.asarray(points), axis=1)
     return float(distances.mean() / INTER_OCULAR_PX)
 
 

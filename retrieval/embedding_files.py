@@ -3,6 +3,7 @@
 embeddings    float32 (N, D), un-normalised
 subject_ids   (N,) integers or fixed-width strings
 template_ids, media_ids (N,), det_scores float32 (N,), fte bool (N,), keys (N,)    optional
+qualities     float32 (N,), larger is better; variances float32 (N, D) or (N, 1)   optional
 metadata      0-d string, JSON: model id, contract, flip                           optional
 
 A folder holds `parts/part-NNNNN.npz`, each such a file, and `index.json`, which is written last: format_version, rows,

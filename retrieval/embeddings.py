@@ -13,8 +13,8 @@ from aroface.errors import DataError
 __all__ = ["OPTIONAL_COLUMNS", "EmbeddingSet", "concatenate"]
 
 _BLOCK_ROWS = 8192
-#: Columns that a set may lack; each has one value per row.
-OPTIONAL_COLUMNS = ("template_ids", "media_ids", "det_scores", "fte", "keys")
+#: Columns that a set may lack; each has one value per row, `variances` one or D.
+OPTIONAL_COLUMNS = ("template_ids", "media_ids", "det_scores", "fte", "keys", "qualities", "variances")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class EmbeddingSet:
     det_scores: NDArray[np.float32] | None = None  #: (N,)
     fte: NDArray[np.bool_] | None = None  #: (N,) failures to enrol
     keys: NDArray[Any] | None = None  #: (N,) names of the images
+    qualities: NDArray[np.float32] | None = None  #: (N,) larger is better; None: the norm is the quality
+    variances: NDArray[np.float32] | None = None  #: (N, D) or (N, 1), of models that tell how sure they are
     metadata: Mapping[str, Any] = field(default_factory=dict)
     name: str = "embeddings"  #: what error messages call the set
 
@@ -39,9 +41,11 @@ class EmbeddingSet:
             )
         for key in ("subject_ids", *OPTIONAL_COLUMNS):
             array = getattr(self, key)
-            if array is not None and array.shape != (len(values),):
+            allowed = [(len(values), 1), values.shape] if key == "variances" else [(len(values),)]
+            if array is not None and array.shape not in allowed:
                 raise DataError(
-                    f"{self.name}: {key} has shape {array.shape}; {len(values)} embeddings need ({len(values)},)."
+                    f"{self.name}: {key} has shape {array.shape}; {len(values)} embeddings need "
+                    f"{' or '.join(map(str, allowed))}."
                 )
         if self.subject_ids.dtype.kind not in "iuUS":
             raise DataError(
@@ -55,6 +59,14 @@ class EmbeddingSet:
                 f"{self.name}: {len(bad)} embedding(s) hold NaN or infinity (row {bad[0]} first). Mark such rows by "
                 "fte = True, or mend the model."
             )
+        self._check_sureness()
+
+    def _check_sureness(self) -> None:
+        used = ~self._marked
+        if self.variances is not None and not (np.isfinite(v := self.variances[used]) & (v > 0)).all():
+            raise DataError(f"{self.name}: variances must be finite and above 0; a model that gives logarithms: exp.")
+        if self.qualities is not None and not np.isfinite(self.qualities[used]).all():
+            raise DataError(f"{self.name}: qualities must be finite numbers; larger is better.")
 
     @property
     def _marked(self) -> NDArray[np.bool_]:
@@ -67,6 +79,17 @@ class EmbeddingSet:
     def enrolled(self) -> NDArray[np.bool_]:
         """(N,) rows with a usable embedding: not marked as failure to enrol, and not the zero vector."""
         return ~self._marked & self.embeddings.any(1)
+
+    @cached_property
+    def quality(self) -> NDArray[np.float32]:
+        """(N,) the qualities, or the norms where there are none; -inf where not enrolled."""
+        values = np.linalg.norm(self.embeddings, axis=1) if self.qualities is None else self.qualities
+        return np.where(self.enrolled, values, -np.inf).astype(np.float32)
+
+    def pair_quality(self, first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """(P,) quality of pairs of rows: the smaller of the two."""
+        lowest: NDArray[np.float32] = np.minimum(self.quality[first], self.quality[second])
+        return lowest
 
     def unit(self, order: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
         """(N, D) float64 rows of length 1, zero where not enrolled; of all rows, or of those of `order`."""

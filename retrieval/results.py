@@ -18,27 +18,32 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from aroface.files import read_json, sha256_of, write_json
+from retrieval.curves import det, discard, histogram, identification_errors, mean_identification_errors
 from retrieval.embedding_files import INDEX_NAME
-from retrieval.metrics.identification import IdentificationResult, OpenSetPoint
+from retrieval.metrics.identification import (
+    IdentificationResult,
+    OpenSetPoint,
+    StratumResult,
+)
 from retrieval.metrics.intervals import Interval
 from retrieval.metrics.rules import MIN_SUPPORTED
-from retrieval.metrics.verification import VerificationPoint, VerificationResult, det_curve
+from retrieval.metrics.verification import VerificationPoint, VerificationResult
 
 __all__ = [
     "FORMAT_VERSION",
     "file_hashes",
     "identification_record",
     "metric",
+    "preprocessing",
     "read_result",
     "result_record",
+    "strata_records",
     "verification_record",
     "write_result",
 ]
 
 FORMAT_VERSION = 1
 _CMC_LENGTH = 100
-_CURVE_POINTS = 200
-_HISTOGRAM_BINS = 50
 
 
 def metric(
@@ -107,12 +112,37 @@ def file_hashes(paths: Sequence[Path]) -> dict[str, str]:
     }
 
 
-def verification_record(result: VerificationResult, *, far_labels: Sequence[str]) -> dict[str, Any]:
+def preprocessing(model: Mapping[str, Any], *, alignment: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """How the images were prepared, as the embeddings tell, and warnings where they do not.
+
+    Args:
+        model: metadata of the embeddings.
+        alignment: what the user calls the alignment of the crops, where it is another than the contract's.
+    """
+    contract = model.get("contract")
+    found = {
+        "contract": contract,
+        "alignment": alignment or (contract or {}).get("template") or "unknown",
+        "flip": model.get("flip", "unknown"),
+    }
+    unknown = "The embeddings do not say how their images were prepared (colour order, alignment, size)."
+    return found, [] if contract else [unknown]
+
+
+def verification_record(
+    result: VerificationResult,
+    *,
+    far_labels: Sequence[str],
+    quality: NDArray[Any] | None = None,
+    quality_name: str = "norm",
+) -> dict[str, Any]:
     """Counts, metrics, curves and warnings of a list of pairs.
 
     Args:
         result: from `evaluate_verification`.
         far_labels: how each rate is written in its key, such as `1e-4`.
+        quality: (G,) of every genuine pair, for the error-versus-discard curve; None: no curve.
+        quality_name: what it is.
     """
     metrics = {f"tar@far={label}": _tar(point) for label, point in zip(far_labels, result.points, strict=True)}
     reason = result.points[0].reason if result.points else None
@@ -132,9 +162,15 @@ def verification_record(result: VerificationResult, *, far_labels: Sequence[str]
     curves: dict[str, Any] = {}
     genuine, impostor = result.genuine, result.impostor
     if result.num_genuine and result.num_impostor:
-        fmr, fnmr = det_curve(genuine, impostor, points=_CURVE_POINTS)
-        curves["det"] = {"fmr": fmr, "fnmr": fnmr, "impostors": result.num_impostor}
-        curves["scores"] = _histogram(genuine, impostor)
+        curves["det"] = det(genuine, impostor)
+        if (scores := histogram(genuine, impostor)) is not None:
+            curves["scores"] = scores
+        if quality is not None:
+            curves["edc"] = discard(genuine, quality, impostor, what=quality_name)
+            for limit, area in curves["edc"]["area"].items():
+                metrics[f"edc_area@{limit}"] = metric(
+                    area, far=curves["edc"]["far"], supported=curves["edc"]["supported"], quality=quality_name
+                )
     return {"counts": counts, "metrics": metrics, "curves": curves, "warnings": _weak_warning("FAR", weak)}
 
 
@@ -192,7 +228,12 @@ def identification_record(result: IdentificationResult, *, fpir_labels: Sequence
             "zero embeddings."
         )
     curves: dict[str, Any] = {"cmc": result.cmc(_CMC_LENGTH), "mated": result.num_mated}
-    curves["iet"] = [_iet(search, result.candidates) for search in result.searches]
+    curves["iet"] = [identification_errors(search, result.candidates) for search in result.searches]
+    if several and (errors := mean_identification_errors(result.searches, result.candidates)) is not None:
+        curves["iet_mean"] = errors
+    best = [np.concatenate([getattr(s, kind) for s in result.searches]) for kind in ("mated_best", "non_mated_best")]
+    if (shares := histogram(*best)) is not None:
+        curves["search_scores"] = shares
     return {
         "counts": counts,
         "metrics": metrics,
@@ -234,27 +275,25 @@ def _tpir(point: OpenSetPoint) -> dict[str, Any]:
     )
 
 
-def _iet(search: Any, candidates: int) -> dict[str, Any]:
-    """FNIR against FPIR of one gallery, at rank 1 and within the candidate list."""
-    mated, non_mated = search.mated_best, search.non_mated_best
-    if not len(mated) or not len(non_mated):
-        return {"fpir": [], "fnir": [], "fnir_rank_l": [], "non_mated": len(non_mated)}
-    rank = search.rank[search.is_mated]
-    first = np.where(rank <= 1, mated, -np.inf)
-    listed = np.where(rank <= candidates, mated, -np.inf)
-    fpir, fnir = det_curve(first, non_mated, points=_CURVE_POINTS)
-    _, fnir_l = det_curve(listed, non_mated, points=_CURVE_POINTS)
-    return {"fpir": fpir, "fnir": fnir, "fnir_rank_l": fnir_l, "non_mated": len(non_mated)}
+def strata_records(
+    strata: Sequence[StratumResult], column: str, *, fpir_labels: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Blocks `COLUMN=VALUE` of counts and metrics, at the thresholds of all searches.
 
-
-def _histogram(genuine: NDArray[np.float32], impostor: NDArray[np.float32]) -> dict[str, Any]:
-    low = float(min(genuine[np.isfinite(genuine)].min(initial=0), impostor[np.isfinite(impostor)].min(initial=0)))
-    edges = np.linspace(low, 1.0, _HISTOGRAM_BINS + 1)
-    return {
-        "edges": edges.tolist(),
-        "genuine": np.histogram(genuine, edges)[0].tolist(),
-        "impostor": np.histogram(impostor, edges)[0].tolist(),
-    }
+    Args:
+        strata: from `identification_by_stratum`.
+        column: name of the covariate.
+        fpir_labels: how each rate is written.
+    """
+    found = {}
+    for one in strata:
+        metrics = {f"rank_{k}": metric(value, interval=ci, reason="no mated searches") for k, value, ci in one.ranks}
+        for label, (tpir, ci), (fpir, fpir_ci) in zip(fpir_labels, one.tpir, one.fpir, strict=True):
+            metrics[f"tpir@fpir={label}"] = metric(tpir, interval=ci, threshold_of="all searches")
+            metrics[f"fpir@fpir={label}"] = metric(fpir, interval=fpir_ci, threshold_of="all searches")
+        counts = {"mated": one.num_mated, "non_mated": one.num_non_mated}
+        found[f"{column}={one.stratum}"] = {"counts": counts, "metrics": metrics, "curves": {}}
+    return found
 
 
 def _finite(value: float) -> float | None:

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from aroface.errors import ConfigError, DataError
 from retrieval.embeddings import EmbeddingSet
+from retrieval.probabilistic import PrecisionSums, required_variances
 
 __all__ = ["Pooling", "TemplateSamples", "TemplateSums", "pool_templates"]
 
-_CODE = re.compile(r"N([01])D([01])", re.IGNORECASE)
+_CODE = re.compile(r"(N[01]|Q)D([01])", re.IGNORECASE)
+_PRECISION_CODE = "PFE"
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,32 @@ class Pooling:
     keep_norm: bool = True  #: N1: a sample weighs as much as its norm, which grows with its quality; N0: all alike
     detector: bool = False  #: D1: times the detector score
     media: bool = True  #: a mean per media before the sum; False: one flat mean over all samples of a template
+    by_quality: bool = False  #: Q: a sample weighs as much as its quality, and its norm counts no more
+    precision: bool = False  #: PFE: every dimension weighted by how sure each sample is, variances fused too; flat
 
     @classmethod
     def parse(cls, code: str, *, media: bool = True) -> "Pooling":
-        """From `N1D0`, in the sense of this module.
+        """From `N1D0`, `QD0` or `PFE`, in the sense of this module.
 
         Raises:
             ConfigError: anything else.
         """
+        if code.strip().upper() == _PRECISION_CODE:
+            return cls(keep_norm=False, media=False, precision=True)
         found = _CODE.fullmatch(code.strip())
         if found is None:
-            raise ConfigError(f"Pooling {code!r} is unknown; write N0 or N1 (norm), then D0 or D1 (detector score).")
-        return cls(keep_norm=found[1] == "1", detector=found[2] == "1", media=media)
+            raise ConfigError(
+                f"Pooling {code!r} is unknown; write N0 or N1 (norm) or Q (quality), then D0 or D1 (detector score); "
+                "or PFE (precision)."
+            )
+        weight = found[1].upper()
+        return cls(keep_norm=weight == "N1", detector=found[2] == "1", media=media, by_quality=weight == "Q")
 
     def __str__(self) -> str:
-        return f"N{int(self.keep_norm)}D{int(self.detector)}" + ("" if self.media else ", flat")
+        if self.precision:
+            return _PRECISION_CODE
+        weight = "Q" if self.by_quality else f"N{int(self.keep_norm)}"
+        return f"{weight}D{int(self.detector)}" + ("" if self.media else ", flat")
 
 
 @dataclass(frozen=True)
@@ -191,32 +204,56 @@ def pool_templates(
         name: what messages call the result.
 
     Returns:
-        (T, D) templates with `template_ids`, `subject_ids` and `fte`.
+        (T, D) templates with `template_ids`, `subject_ids`, `fte`, as `qualities` the mean quality of the samples, and
+        `variances` where samples were fused by precision.
 
     Raises:
-        DataError: no sample at all is usable.
+        DataError: no sample at all is usable; or there are no variances, or negative qualities, to weight them by.
+        ConfigError: D1 without detector scores.
     """
-    sums: TemplateSums | None = None
+    count = len(samples.template_ids)
+    sums: TemplateSums | PrecisionSums | None = None
     metadata: dict[str, Any] = {}
+    used, quality = np.zeros(count, np.int64), np.zeros(count)
     for rows, embedded in chunks:
         if sums is None:
-            sums = TemplateSums(len(samples.template_ids), embedded.embeddings.shape[1], pooling)
+            dim = embedded.embeddings.shape[1]
+            sums = PrecisionSums(count, dim) if pooling.precision else TemplateSums(count, dim, pooling)
             metadata = dict(embedded.metadata)
+        template, enrolled = samples.template[rows], embedded.enrolled
+        used += np.bincount(template[enrolled], minlength=count)
+        quality += np.bincount(template[enrolled], embedded.quality[enrolled], minlength=count)
+        if isinstance(sums, PrecisionSums):
+            variances = required_variances(embedded)[enrolled]
+            sums.add(template[enrolled], embedded.unit(np.flatnonzero(enrolled)), variances)
+            continue
         sums.add(
-            samples.template[rows],
+            template,
             samples.media[rows],
             embedded.embeddings,
-            usable=embedded.enrolled,
+            usable=enrolled,
             det_scores=None if samples.det_scores is None else samples.det_scores[rows],
+            quality=_weights(embedded) if pooling.by_quality else None,
         )
-    if sums is None or not sums.used.any():
+    if sums is None or not used.any():
         raise DataError(f"{name}: none of the {len(samples.keys)} samples has a usable embedding.")
-    features, enrolled = sums.finish()
+    features, more = sums.finish()
+    is_there = used > 0 if pooling.precision else more.astype(bool)
     return EmbeddingSet(
         features,
         samples.subject_ids,
         template_ids=samples.template_ids,
-        fte=~enrolled,
-        metadata=metadata | {"pooling": str(pooling), "samples_used": int(sums.used.sum())},
+        fte=~is_there,
+        qualities=np.divide(quality, used, out=np.zeros(count), where=used > 0).astype(np.float32),
+        variances=more.astype(np.float32) if pooling.precision else None,
+        metadata=metadata | {"pooling": str(pooling), "samples_used": int(used.sum())},
         name=name,
     )
+
+
+def _weights(embedded: EmbeddingSet) -> NDArray[np.float64]:
+    """(N,) quality as a weight, 0 where not enrolled."""
+    weights = np.where(embedded.enrolled, embedded.quality, 0).astype(np.float64)
+    if (weights < 0).any():
+        raise DataError(f"{embedded.name}: quality {weights.min():g} is negative; a weight is 0 or more.")
+    return weights

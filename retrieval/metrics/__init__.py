@@ -6,10 +6,11 @@ from retrieval.metrics.identification import (
     OpenSetPoint,
     evaluate_identification,
     evaluate_searches,
+    identification_by_stratum,
 )
 from retrieval.metrics.intervals import Interval, bootstrap_tar, wilson
 from retrieval.metrics.rules import PAIR_RULES, RULES, OperatingPoint, Rule, operating_point, operating_points
-from retrieval.metrics.search import GallerySearch, average_precision, rank_scores, search_gallery
+from retrieval.metrics.search import GallerySearch, Similarity, average_precision, rank_scores, search_gallery
 from retrieval.metrics.verification import (
     FoldAccuracy,
     VerificationPoint,
@@ -19,7 +20,7 @@ from retrieval.metrics.verification import (
     evaluate_verification,
     kfold_accuracy,
     pair_scores,
-    tar_by_stratum,
+    rates_by_stratum,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "OpenSetPoint",
     "OperatingPoint",
     "Rule",
+    "Similarity",
     "VerificationPoint",
     "VerificationResult",
     "area_under_roc",
@@ -42,6 +44,7 @@ __all__ = [
     "evaluate_pairs",
     "evaluate_searches",
     "evaluate_verification",
+    "identification_by_stratum",
     "kfold_accuracy",
     "operating_point",
     "operating_points",
@@ -49,6 +52,6 @@ __all__ = [
     "partial_area",
     "rank_scores",
     "search_gallery",
-    "tar_by_stratum",
+    "rates_by_stratum",
     "wilson",
 ]

@@ -20,12 +20,13 @@ def edc(scores: NDArray[Any], quality: NDArray[Any], *, threshold: float) -> lis
         (share discarded, false non-match rate among the rest), from nothing discarded on; all comparisons tied at the
         lowest quality go at once.
     """
-    errors = scores <= threshold
-    curve = []
-    for level in np.unique(quality):
-        kept = quality >= level
-        curve.append((float(1 - kept.mean()), float(errors[kept].mean())))
-    return curve
+    order = np.argsort(quality, kind="stable")
+    errors = np.cumsum((scores <= threshold)[order])
+    _, starts = np.unique(quality[order], return_index=True)
+    before = np.where(starts > 0, errors[np.maximum(starts - 1, 0)], 0)
+    kept = len(scores) - starts
+    rates = (errors[-1] - before) / kept
+    return list(zip((starts / len(scores)).tolist(), rates.tolist(), strict=True))
 
 
 def partial_area(curve: list[tuple[float, float]], limit: float) -> float:

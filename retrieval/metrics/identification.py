@@ -21,9 +21,10 @@ from retrieval.metrics.rules import (
     allowed_false_positives,
     operating_point,
 )
-from retrieval.metrics.search import GallerySearch, RankLevel, largest_impostors, search_gallery
+from retrieval.metrics.search import GallerySearch, RankLevel, Similarity, largest_impostors, search_gallery
 
-__all__ = ["IdentificationResult", "OpenSetPoint", "evaluate_identification", "evaluate_searches"]
+__all__ = ["IdentificationResult", "OpenSetPoint", "StratumResult", "evaluate_identification", "evaluate_searches"]
+__all__ += ["identification_by_stratum"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def evaluate_identification(
     candidates: int = 20,
     rank_level: RankLevel = "entry",
     rule: Rule = "canonical",
+    similarity: Similarity = "cosine",
     with_average_precision: bool = False,
     resamples: int = 0,
 ) -> IdentificationResult:
@@ -93,6 +95,7 @@ def evaluate_identification(
         candidates: L, the list length of the second TPIR.
         rank_level: what counts as a rival.
         rule: how a rate becomes a threshold; `ijb_1n` merges the galleries.
+        similarity: what is compared.
         with_average_precision: also TinyFace's AP of every mated search.
         resamples: of the bootstrap over subjects; 0: Wilson intervals, for independent searches.
 
@@ -107,6 +110,7 @@ def evaluate_identification(
             probes,
             rank_level=rank_level,
             ties="last_column" if rule == "argsort_rev" else "against_probe",
+            similarity=similarity,
             with_average_precision=with_average_precision,
         )
         for gallery in galleries
@@ -122,7 +126,7 @@ def evaluate_identification(
         resamples=resamples,
     )
     if rule == "ijb_1n":
-        result = replace(result, open_set=_pseudo_open_set(galleries[0], probes, searches[0], fpirs))
+        result = replace(result, open_set=_pseudo_open_set(galleries[0], probes, searches[0], fpirs, similarity))
     return replace(
         result,
         num_probe_failures=int((~probes.enrolled).sum()),
@@ -168,6 +172,49 @@ def evaluate_searches(
     return _with_bootstrap(result, subjects, resamples) if resamples and rule == "canonical" else result
 
 
+@dataclass(frozen=True)
+class StratumResult:
+    """Searches of one stratum of the probes, at thresholds that were set on all of them."""
+
+    stratum: Any
+    num_mated: int
+    num_non_mated: int
+    ranks: tuple[tuple[int, float | None, Interval | None], ...]  #: (k, CMC(k), Wilson interval)
+    tpir: tuple[tuple[float | None, Interval | None], ...]  #: per FPIR, R = 1; hits and searches pooled over galleries
+    fpir: tuple[tuple[float | None, Interval | None], ...]  #: realised in the stratum, pooled over galleries
+
+
+def identification_by_stratum(result: IdentificationResult, strata: NDArray[Any]) -> list[StratumResult]:
+    """Closed and open set by a covariate of the probes.
+
+    Args:
+        result: of all probes; its thresholds, one per gallery and FPIR, are kept.
+        strata: (P,) the covariate.
+
+    Returns:
+        One entry per stratum, sorted.
+    """
+    found = []
+    for stratum in np.unique(strata):
+        own = strata == stratum
+        rank = np.concatenate([s.rank[own & s.is_mated] for s in result.searches])
+        strangers = sum(int((own & ~s.is_mated).sum()) for s in result.searches)
+        tpir, fpir = [], []
+        for point in result.open_set:
+            hits = alarms = 0
+            for search, part in zip(result.searches, point.galleries or (point,), strict=True):
+                if part.point is not None:
+                    passed = accepts(search.best, part.point) & np.isfinite(search.best) & own
+                    hits += int((passed & search.is_mated & (search.rank <= 1)).sum())
+                    alarms += int((passed & ~search.is_mated).sum())
+            known = point.tpir is not None
+            tpir.append(_share(hits, len(rank)) if known else (None, None))
+            fpir.append(_share(alarms, strangers) if known else (None, None))
+        ranks = tuple((k, *_share(int((rank <= k).sum()), len(rank))) for k, _, _ in result.ranks)
+        found.append(StratumResult(stratum.item(), len(rank), strangers, ranks, tuple(tpir), tuple(fpir)))
+    return found
+
+
 def _share(hits: int, total: int) -> tuple[float | None, Interval | None]:
     return (hits / total, wilson(hits, total)) if total else (None, None)
 
@@ -210,12 +257,16 @@ def _open_set_point(search: GallerySearch, fpir: float, candidates: int, rule: R
 
 
 def _pseudo_open_set(
-    gallery: EmbeddingSet, probes: EmbeddingSet, search: GallerySearch, fpirs: Sequence[float]
+    gallery: EmbeddingSet,
+    probes: EmbeddingSet,
+    search: GallerySearch,
+    fpirs: Sequence[float],
+    similarity: Similarity,
 ) -> tuple[OpenSetPoint, ...]:
     """The closed-set "TPIR" of the rule `ijb_1n`: false alarms among all impostor pairs, counted per probe."""
     mated = search.mated_best
     places = [max(math.ceil(fpir * len(probes)) - 1, 0) for fpir in fpirs]
-    top = largest_impostors(gallery, probes, count=max(places, default=0) + 1)
+    top = largest_impostors(gallery, probes, count=max(places, default=0) + 1, similarity=similarity)
     points = []
     for fpir, place in zip(fpirs, places, strict=True):
         if not len(mated) or not len(top):

@@ -12,18 +12,23 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
+from retrieval.probabilistic import mutual_likelihood, required_variances
 
 __all__ = [
     "GallerySearch",
     "RankLevel",
+    "Similarity",
     "Ties",
     "average_precision",
     "largest_impostors",
     "rank_scores",
+    "score_tiles",
     "search_gallery",
 ]
 
 RankLevel = Literal["entry", "identity"]
+#: cosine: of the embeddings. mls: mutual likelihood score of embeddings with variances.
+Similarity = Literal["cosine", "mls"]
 #: against_probe: a rival with an equal score stands before the mate. last_column: the later column stands first, and a
 #: template that failed scores 0 (the public evaluators of the PFE family).
 Ties = Literal["against_probe", "last_column"]
@@ -59,9 +64,10 @@ def search_gallery(
     *,
     rank_level: RankLevel = "entry",
     ties: Ties = "against_probe",
+    similarity: Similarity = "cosine",
     with_average_precision: bool = False,
 ) -> GallerySearch:
-    """Compare every probe with every gallery entry by cosine.
+    """Compare every probe with every gallery entry.
 
     Products are formed in float64 and rounded to float32, so that equal vectors score equally wherever they stand in
     the gallery, and ties are ties.
@@ -71,16 +77,17 @@ def search_gallery(
         probes: one embedding a template.
         rank_level: `entry` counts every other entry as a rival, `identity` every other subject by its best entry.
         ties: who wins of equal scores.
+        similarity: what is compared.
         with_average_precision: also AP, over entries.
 
     Raises:
-        DataError: the two sets have different dimensions, or subject ids of different kinds.
+        DataError: the two sets have different dimensions, or subject ids of different kinds; or there are no variances.
     """
     order = np.argsort(gallery.subject_ids, kind="stable")
     columns = _Columns.of(gallery.subject_ids[order], order)
     parts = [
         _rank_tile(scores, columns, probes.subject_ids[part], rank_level, ties, with_average_precision)
-        for part, scores in _score_tiles(gallery, probes, order, ties)
+        for part, scores in score_tiles(gallery, probes, order, ties, similarity)
     ]
     return _joined(parts)
 
@@ -123,8 +130,12 @@ class _Columns:
         return cls(subjects, np.append(starts, len(sorted_ids)), original)
 
 
-def _score_tiles(
-    gallery: EmbeddingSet, probes: EmbeddingSet, order: NDArray[np.int64], ties: Ties = "against_probe"
+def score_tiles(
+    gallery: EmbeddingSet,
+    probes: EmbeddingSet,
+    order: NDArray[np.int64],
+    ties: Ties = "against_probe",
+    similarity: Similarity = "cosine",
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """(probes, their scores against the gallery in `order`); -inf where a side is not enrolled."""
     if gallery.embeddings.shape[1] != probes.embeddings.shape[1]:
@@ -138,11 +149,16 @@ def _score_tiles(
             f"{probes.subject_ids.dtype}; nobody would be found. Use integers in both, or strings in both."
         )
     gallery_unit, probe_unit = gallery.unit(order), probes.unit()
+    if similarity == "mls":
+        gallery_variances, probe_variances = required_variances(gallery)[order], required_variances(probes)
     failed = ~gallery.enrolled[order]
     rows = max(1, _TILE_ELEMENTS // len(gallery))
     for start in range(0, len(probes), rows):
         part = slice(start, start + rows)
-        scores = (probe_unit[part] @ gallery_unit.T).astype(np.float32)
+        if similarity == "mls":
+            scores = mutual_likelihood((probe_unit[part], probe_variances[part]), (gallery_unit, gallery_variances))
+        else:
+            scores = (probe_unit[part] @ gallery_unit.T).astype(np.float32)
         if ties == "against_probe":
             scores[:, failed] = -np.inf
             scores[~probes.enrolled[part]] = -np.inf
@@ -213,10 +229,12 @@ def _joined(parts: Sequence[GallerySearch]) -> GallerySearch:
     )
 
 
-def largest_impostors(gallery: EmbeddingSet, probes: EmbeddingSet, *, count: int) -> NDArray[np.float32]:
+def largest_impostors(
+    gallery: EmbeddingSet, probes: EmbeddingSet, *, count: int, similarity: Similarity = "cosine"
+) -> NDArray[np.float32]:
     """The `count` largest scores between different subjects, descending; fewer where there are fewer."""
     top = np.empty(0, np.float32)
-    for part, scores in _score_tiles(gallery, probes, np.arange(len(gallery))):
+    for part, scores in score_tiles(gallery, probes, np.arange(len(gallery)), similarity=similarity):
         scores[probes.subject_ids[part][:, None] == gallery.subject_ids[None, :]] = np.nan
         others = scores[scores >= (top[-1] if len(top) == count else -np.inf)]
         top = np.concatenate([top, others])

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics.intervals import Interval, bootstrap_tar, wilson
 from retrieval.metrics.rules import MIN_SUPPORTED, OperatingPoint, Rule, accepts, operating_points
+from retrieval.metrics.search import Similarity
+from retrieval.probabilistic import mutual_likelihood_of_pairs, required_variances
 
 __all__ = [
     "FoldAccuracy",
@@ -26,7 +28,7 @@ __all__ = [
     "evaluate_verification",
     "kfold_accuracy",
     "pair_scores",
-    "tar_by_stratum",
+    "rates_by_stratum",
 ]
 
 _BLOCK_PAIRS = 1 << 16
@@ -77,14 +79,20 @@ class FoldAccuracy:
 
 
 def pair_scores(
-    embeddings: EmbeddingSet, first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]]
+    embeddings: EmbeddingSet,
+    first: NDArray[np.integer[Any]],
+    second: NDArray[np.integer[Any]],
+    *,
+    similarity: Similarity = "cosine",
 ) -> NDArray[np.float32]:
-    """Cosine of each listed pair of rows, (P,) float32; -inf where a side is not enrolled.
+    """Similarity of each listed pair of rows, (P,) float32; -inf where a side is not enrolled.
 
     Rows that occur in many pairs are multiplied block by block, which reads each of them once; scattered pairs one by
     one. Products are formed in float64 and rounded once, so both ways give equal scores.
     """
     enrolled = embeddings.enrolled
+    if similarity == "mls":
+        return _likelihoods(embeddings, first, second)
     (left, left_place), (right, right_place) = _distinct(first, len(embeddings)), _distinct(second, len(embeddings))
     scores = np.empty(len(first), np.float32)
     if len(left) * len(right) > _MAX_UNUSED * len(first):
@@ -96,6 +104,20 @@ def pair_scores(
         sides = embeddings.take(left).unit(), embeddings.take(right).unit()
         _block_scores(*sides, left_place, right_place, scores)
     scores[~(enrolled[first] & enrolled[second])] = -np.inf
+    return scores
+
+
+def _likelihoods(
+    embeddings: EmbeddingSet, first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]]
+) -> NDArray[np.float32]:
+    unit, variances = embeddings.unit(), required_variances(embeddings)
+    scores = np.empty(len(first), np.float32)
+    for start in range(0, len(first), _BLOCK_PAIRS // 8):
+        one, other = (side[start : start + _BLOCK_PAIRS // 8] for side in (first, second))
+        scores[start : start + len(one)] = mutual_likelihood_of_pairs(
+            (unit[one], variances[one]), (unit[other], variances[other])
+        )
+    scores[~(embeddings.enrolled[first] & embeddings.enrolled[second])] = -np.inf
     return scores
 
 
@@ -131,6 +153,7 @@ def evaluate_verification(
     *,
     fars: Sequence[float],
     rule: Rule = "canonical",
+    similarity: Similarity = "cosine",
     resamples: int = 1000,
 ) -> VerificationResult:
     """Compare listed pairs of rows.
@@ -140,12 +163,13 @@ def evaluate_verification(
         pairs: (P,) index of one side, (P,) of the other, (P,) True for genuine.
         fars: wanted false-accept rates.
         rule: how a rate becomes a threshold.
-        resamples: of the bootstrap over subjects; 0 leaves the intervals out.
+        similarity: what is compared.
+        resamples: of the bootstrap over subjects; 0: Wilson intervals, as of independent pairs.
     """
     first, second, same = pairs
     codes = np.unique(embeddings.subject_ids, return_inverse=True)[1]
     return evaluate_pairs(
-        pair_scores(embeddings, first, second),
+        pair_scores(embeddings, first, second, similarity=similarity),
         same,
         fars=fars,
         rule=rule,
@@ -163,7 +187,7 @@ def evaluate_pairs(
     subjects: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     resamples: int = 1000,
 ) -> VerificationResult:
-    """Metrics of scored pairs. Arguments as `evaluate_verification`; without `subjects` there are no intervals."""
+    """Metrics of scored pairs. Arguments as `evaluate_verification`; without `subjects` Wilson intervals."""
     genuine, impostor = scores[same], scores[~same]
     ascending = np.sort(impostor)
     missing = "no genuine pairs" if not len(genuine) else "no impostor pairs" if not len(impostor) else None
@@ -173,14 +197,15 @@ def evaluate_pairs(
         intervals = bootstrap_tar(
             genuine, first[same], impostor, (first[~same], second[~same]), fars, resamples=resamples
         )
+    points: list[VerificationPoint] = []
     if missing:
         points = [VerificationPoint(far, None, missing, None, None) for far in fars]
     else:
         found = operating_points(ascending, fars, rule=rule, positives=genuine, is_sorted=True)
-        points = [
-            VerificationPoint(far, float(accepts(genuine, point).mean()), None, point, interval)
-            for far, point, interval in zip(fars, found, intervals, strict=True)
-        ]
+        for far, point, interval in zip(fars, found, intervals, strict=True):
+            hits = int(accepts(genuine, point).sum())
+            interval = interval or wilson(hits, len(genuine))
+            points.append(VerificationPoint(far, hits / len(genuine), None, point, interval))
     accuracy, threshold = (None, None) if missing else best_accuracy(genuine, ascending, is_sorted=True)
     return VerificationResult(
         rule=rule,
@@ -195,25 +220,28 @@ def evaluate_pairs(
     )
 
 
-def tar_by_stratum(
-    scores: NDArray[np.float32], strata: NDArray[Any], point: OperatingPoint
+def rates_by_stratum(
+    scores: NDArray[np.float32], codes: NDArray[np.integer[Any]], names: Sequence[Any], point: OperatingPoint
 ) -> list[tuple[Any, int, float, Interval]]:
-    """TAR of genuine pairs in each stratum of a covariate, all with one threshold.
+    """Share of accepted pairs in each stratum of a covariate, all with one threshold.
 
     Args:
-        scores: (G,) of genuine pairs.
-        strata: (G,) the covariate of each pair.
+        scores: (P,) of genuine pairs, for TAR, or of impostor pairs, for FMR.
+        codes: (P,) index into `names`, the stratum of each pair.
+        names: of the strata.
         point: threshold, set on all impostor pairs.
 
     Returns:
-        (stratum, pairs, TAR, Wilson interval), sorted by stratum.
+        (name, pairs, share, Wilson interval) of the strata that have pairs.
     """
     accepted = accepts(scores, point)
-    found = []
-    for stratum in np.unique(strata):
-        own = accepted[strata == stratum]
-        found.append((stratum.item(), len(own), float(own.mean()), wilson(int(own.sum()), len(own))))
-    return found
+    totals = np.bincount(codes, minlength=len(names)).tolist()
+    hits = np.bincount(codes[accepted], minlength=len(names)).tolist()
+    return [
+        (name, total, hit / total, wilson(hit, total))
+        for name, total, hit in zip(names, totals, hits, strict=True)
+        if total
+    ]
 
 
 def area_under_roc(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
@@ -248,14 +276,17 @@ def best_accuracy(genuine: NDArray[Any], impostor: NDArray[Any], *, is_sorted: b
     return float((true[best] + rejected[best]) / (len(genuine) + len(other))), float(thresholds[best])
 
 
-def det_curve(genuine: NDArray[Any], impostor: NDArray[Any], *, points: int = 200) -> tuple[list[float], list[float]]:
-    """FMR and FNMR at thresholds spread evenly over the logarithm of the FMR, for plots."""
+def det_curve(
+    genuine: NDArray[Any], impostor: NDArray[Any], *, points: int = 200
+) -> tuple[list[float], list[float], list[float | None]]:
+    """FMR, FNMR and their thresholds, spread evenly over the logarithm of the FMR, for plots; None accepts all."""
     counts = np.unique(np.round(np.geomspace(1, len(impostor), points)).astype(np.int64))
     descending = np.sort(impostor)[::-1]
     thresholds = np.append(descending[counts[counts < len(impostor)]], -np.inf)
     fmr = (len(impostor) - np.searchsorted(descending[::-1], thresholds, side="right")) / len(impostor)
     fnmr = np.searchsorted(np.sort(genuine), thresholds, side="right") / len(genuine)
-    return fmr.tolist(), fnmr.tolist()
+    shown = [value if np.isfinite(value) else None for value in thresholds.tolist()]
+    return fmr.tolist(), fnmr.tolist(), shown
 
 
 def kfold_accuracy(distances: NDArray[Any], same: NDArray[np.bool_], *, folds: int = 10) -> FoldAccuracy:

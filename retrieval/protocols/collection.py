@@ -1,6 +1,7 @@
 """The images that a protocol names: to be embedded, or already embedded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,10 +10,10 @@ from numpy.typing import NDArray
 from aroface.align import align_face
 from aroface.errors import DataError
 from aroface.types import Embedder, FaceSet
-from retrieval.embeddings import EmbeddingSet
+from retrieval.embeddings import EmbeddingSet, concatenate
 from retrieval.extraction import FlipMode, embed_face_set
 
-__all__ = ["Collection", "EmbeddedCollection", "ImageCollection", "by_stem", "natural_embeddings"]
+__all__ = ["Collection", "EmbeddedCollection", "ImageCollection", "RatedCollection", "by_stem", "natural_embeddings"]
 
 _CHUNK = 4096
 _NAMED = 3
@@ -110,6 +111,36 @@ class ImageCollection:
             yield rows, found.embeddings
 
 
+class RatedCollection:
+    """A collection whose samples have the qualities of a table.
+
+    Args:
+        collection: the samples.
+        rate: names -> (N,) their qualities; called with names of the collection only.
+    """
+
+    def __init__(self, collection: Collection, rate: Callable[[Sequence[str]], NDArray[np.float32]]) -> None:
+        self._collection, self._rate = collection, rate
+        self.keys: Sequence[str] = collection.keys
+        self._known = set(collection.keys)
+
+    @property
+    def missing(self) -> int:
+        """See `Collection.missing`."""
+        return self._collection.missing
+
+    def chunks(
+        self, keys: NDArray[Any], order: NDArray[np.int64], *, landmarks: NDArray[np.float32] | None = None
+    ) -> Iterator[tuple[NDArray[np.int64], EmbeddingSet]]:
+        """See `Collection.chunks`."""
+        for rows, part in self._collection.chunks(keys, order, landmarks=landmarks):
+            names = keys[rows].tolist()
+            known = [place for place, name in enumerate(names) if name in self._known]
+            qualities = np.zeros(len(names), np.float32)
+            qualities[known] = self._rate([names[place] for place in known])
+            yield rows, replace(part, qualities=qualities)
+
+
 class EmbeddedCollection:
     """Embeddings with the names of their images; without names, rows are taken in the order of the protocol."""
 
@@ -148,6 +179,8 @@ class EmbeddedCollection:
                     np.where(failed[:, None], np.float32(0), part.embeddings),
                     part.subject_ids,
                     fte=failed,
+                    qualities=part.qualities,
+                    variances=part.variances,
                     metadata=self._embeddings.metadata,
                     name=self._embeddings.name,
                 ),
@@ -173,15 +206,8 @@ def natural_embeddings(
         subject_ids: (N,).
         name: what messages call the set.
     """
-    parts = [part for _, part in collection.chunks(keys, np.arange(len(keys)))]
-    return EmbeddingSet(
-        np.concatenate([part.embeddings for part in parts]),
-        subject_ids,
-        fte=np.concatenate([~part.enrolled for part in parts]),
-        keys=keys,
-        metadata=parts[0].metadata,
-        name=name,
-    )
+    found = concatenate([part for _, part in collection.chunks(keys, np.arange(len(keys)))])
+    return replace(found, subject_ids=subject_ids, fte=~found.enrolled, keys=keys, name=name)
 
 
 def by_stem(keys: Sequence[str], folder: str) -> dict[str, str]:

@@ -1,74 +1,38 @@
 """FAE-1: how accuracy falls as the probes lose their alignment. To be compared only with itself.
 
-Gallery: the first image of every identity, as it is (or misaligned too, each image by its own draw). Probes: other
-images, turned, shifted, scaled, all of it at once, or aligned by wrong landmarks, warped once from the source. Two
-policies for the threshold: re-calibrated to the wanted FAR at every severity, as benchmarks do, and that of the clean
-probes kept, as a deployed system does; the second shows what the first hides, namely that misalignment moves the scores
-of impostors too.
+References stay as they are (or are misaligned too, each image by its own draw). Probes are turned, shifted, scaled, all
+of it at once, or aligned by wrong landmarks, each warped once from its source. Two policies for the threshold: set anew
+for the wanted rate of false matches at every severity, as benchmarks do, and that of the clean probes kept, as a
+deployed system does; the second shows what the first hides, namely that misalignment moves the scores of impostors too.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aroface.types import Embedder, FaceSet
-from retrieval.degrade import (
-    ALIGNED,
-    Misalignment,
-    generator_for,
-    jitter_landmarks,
-    misalign,
-    nme,
-    sample_misalignment,
-)
-from retrieval.embeddings import EmbeddingSet
-from retrieval.extraction import FlipMode, Transform, embed_face_set
-from retrieval.metrics import OperatingPoint, operating_point
-from retrieval.metrics.rules import accepts
-from retrieval.metrics.search import rank_scores
-from retrieval.protocols.lfw_lq import split_faces
-from retrieval.results import metric, result_record
+from retrieval.degrade import ALIGNED, Misalignment, nme
+from retrieval.embeddings import EmbeddingSet, concatenate
+from retrieval.extraction import FlipMode, embed_face_set
+from retrieval.metrics import OperatingPoint, operating_point, search_gallery
+from retrieval.metrics.all_pairs import MOST_COMPARISONS, compare_all
+from retrieval.metrics.rules import MIN_SUPPORTED, accepts
+from retrieval.metrics.verification import pair_scores
+from retrieval.protocols.fae_sets import FaeSet, of_faces
+from retrieval.protocols.fae_sweeps import SWEEPS, TASK, Side, Sides, Sweep, WarpedFaces, drawn_error, points_in_crop
+from retrieval.protocols.lfw_pairs import fold_accuracy
+from retrieval.results import metric, preprocessing, result_record
+from retrieval.templates import TemplateSamples, pool_templates
 
-__all__ = ["SWEEPS", "FaeSettings", "Sides", "Sweep", "evaluate_fae", "num_forward_images"]
+__all__ = ["SWEEPS", "FaeSettings", "Sides", "Sweep", "evaluate_fae", "evaluate_fae_set", "num_forward_images"]
 
-#: probe: the gallery stays aligned. both: every image is misaligned by its own draw.
-Sides = Literal["probe", "both"]
-
-_TASK = "fae-1"
-_FAR_LABEL = "1e-2"
-_TAR = f"tar@far={_FAR_LABEL}"
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One way to go wrong, by how much."""
-
-    name: str
-    unit: str
-    levels: tuple[float, ...]
-    clean_level: float  #: the level at which nothing happens
-    is_random: bool  #: whether trials differ
-    draw: Callable[[np.random.Generator, float], Misalignment]
-
-
-def _shift(generator: np.random.Generator, length_px: float) -> Misalignment:
-    direction = generator.uniform(0.0, 2.0 * np.pi)
-    return Misalignment(shift_px=(length_px * float(np.cos(direction)), length_px * float(np.sin(direction))))
-
-
-SWEEPS: tuple[Sweep, ...] = (
-    Sweep(
-        "angle", "deg", (-20, -15, -10, -5, -2, 0, 2, 5, 10, 15, 20), 0, False, lambda _, a: Misalignment(theta_deg=a)
-    ),
-    Sweep("shift", "px", (0, 1, 2, 4, 6, 8, 12), 0, True, _shift),
-    Sweep("scale", "", (0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2), 1, False, lambda _, s: Misalignment(scale=s)),
-    Sweep("severity", "", (0, 0.25, 0.5, 0.75, 1), 0, True, sample_misalignment),
-    Sweep("landmarks", "eye distances", (0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.10, 0.15), 0, True, jitter_landmarks),
-)
+#: Version 2: the name of the set enters every draw, and references have draws of their own.
+_VERSION = 2
+_CHUNK = 4096
+_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -76,148 +40,289 @@ class FaeSettings:
     """What is evaluated."""
 
     subset: int | None = 500  #: probes, chosen by the hash of their key; None takes all
-    trials: int = 1  #: draws of the random sweeps
+    trials: int = 3  #: draws of the random sweeps
     sides: Sides = "probe"  #: whose alignment is wrong
+    far: str = "1e-2"  #: wanted rate of false matches, as it is written in the names of metrics
+    fpir: str = "0.1"  #: wanted rate of false alarms, where there are searches of strangers
     flip: FlipMode = "sum"
     batch_size: int = 64
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Probes against the gallery."""
+    """One state of the probes against one of the references."""
 
-    rank_1: float
     genuine: NDArray[np.float32]
     impostor: NDArray[np.float32]
+    rank_1: float | None = None
+    accuracy: float | None = None
+    mated: NDArray[np.float32] | None = None  #: best scores of mated searches, -inf where the mate is not first
+    strangers: NDArray[np.float32] | None = None  #: best scores of non-mated searches
 
 
-def num_forward_images(faces: FaceSet, settings: FaeSettings) -> int:
+@dataclass(frozen=True)
+class _Frozen:
+    """Thresholds of the clean probes."""
+
+    pairs: OperatingPoint
+    searches: OperatingPoint | None
+
+
+def num_forward_images(faces: FaceSet | FaeSet, settings: FaeSettings) -> int:
     """Images that the model embeds (mirror images not counted), for a progress bar."""
-    gallery, probes = split_faces(faces)
+    data_set = (faces if isinstance(faces, FaeSet) else of_faces(faces)).with_probes(settings.subset)
     passes = sum((len(sweep.levels) - 1) * (settings.trials if sweep.is_random else 1) for sweep in SWEEPS)
-    moved = len(_subset(faces, probes, settings.subset)) + (len(gallery) if settings.sides == "both" else 0)
-    return len(gallery) + len(_subset(faces, probes, settings.subset)) + moved * passes
+    probes, references = len(data_set.probes.keys), len(data_set.references.keys)
+    return probes + references + passes * (probes + (references if settings.sides == "both" else 0))
 
 
 def evaluate_fae(
     embedder: Embedder, faces: FaceSet, settings: FaeSettings, *, on_progress: Callable[[int], None]
 ) -> dict[str, Any]:
+    """All sweeps with one model, on aligned crops grouped by identity; see `evaluate_fae_set`."""
+    return evaluate_fae_set(embedder, faces, of_faces(faces), settings, on_progress=on_progress)
+
+
+def evaluate_fae_set(
+    embedder: Embedder,
+    faces: FaceSet,
+    data_set: FaeSet,
+    settings: FaeSettings,
+    *,
+    on_progress: Callable[[int], None],
+) -> dict[str, Any]:
     """All sweeps with one model.
 
     Args:
         embedder: the model.
-        faces: aligned crops.
-        settings: how many probes and trials.
+        faces: the sources of the images that the set names.
+        data_set: what is compared.
+        settings: how many probes and trials, and which rates.
         on_progress: called with the number of images embedded so far.
 
     Returns:
-        A result record; `sweeps` holds {name, unit, points: [{severity, nme, metrics: {name: mean}, sd: {name: sd}}]};
-        nme is the mean over all drawn errors, sd that between trials (null where there is one).
+        A result record; `sweeps` holds {name, unit, points: [{severity, nme, metrics: {name: mean}, sd: {name: sd},
+        difference: {name: mean - clean}}]}; nme is the mean over all drawn errors, sd that between trials (null where
+        there is one).
 
     Raises:
-        DataError: nobody to search for, or images that cannot be read.
+        DataError: nothing to compare, or images that cannot be read.
     """
-    gallery_rows, all_probes = split_faces(faces)
-    probe_rows = _subset(faces, all_probes, settings.subset)
-    done = 0
-
-    def embed(rows: Sequence[int], transform: Transform | None = None) -> EmbeddingSet:
-        nonlocal done
-        found = embed_face_set(
-            embedder,
-            faces,
-            indices=rows,
-            transform=transform,
-            flip=settings.flip,
-            batch_size=settings.batch_size,
-            on_progress=lambda count: on_progress(done + count),
-        )
-        done += len(rows)
-        return found.embeddings
-
-    gallery = embed(gallery_rows)
-    clean = _score(gallery, embed(probe_rows))
-    frozen = operating_point(clean.impostor, float(_FAR_LABEL))
-    moved = [*probe_rows, *(gallery_rows if settings.sides == "both" else ())]
-    keys = [faces.keys[row] for row in moved]
+    data_set = data_set.with_probes(settings.subset)
+    runner = _Runner(embedder, faces, data_set, settings, on_progress)
+    references, probes = runner.embed("reference"), runner.embed("probe")
+    clean = runner.score(references, probes)
+    frozen = _Frozen(
+        operating_point(clean.impostor, float(settings.far)),
+        None if clean.strangers is None else operating_point(clean.strangers, float(settings.fpir)),
+    )
+    clean_metrics = _measure(clean, frozen, settings)
     sweeps = []
     for sweep in SWEEPS:
         points = []
         for level in sweep.levels:
-            if level == sweep.clean_level:
-                points.append(_point(level, [_measure(clean, frozen)], [0.0]))
-                continue
-            trials = []
-            errors: list[float] = []
-            for trial in range(settings.trials if sweep.is_random else 1):
-                drawn = {key: _drawn(sweep, level, key, trial) for key in keys}
-                enrolled = embed(gallery_rows, _warp(drawn)) if settings.sides == "both" else gallery
-                trials.append(_measure(_score(enrolled, embed(probe_rows, _warp(drawn))), frozen))
-                errors.extend(map(nme, drawn.values()))
-            points.append(_point(level, trials, errors))
+            trials, errors = [clean_metrics], [0.0]
+            if level != sweep.clean_level:
+                trials, errors = [], []
+                for trial in range(settings.trials if sweep.is_random else 1):
+                    moved = runner.moved(sweep, level, trial, references)
+                    trials.append(_measure(runner.score(moved.references, moved.probes), frozen, settings))
+                    errors.extend(moved.errors)
+            points.append(_point(level, trials, errors, clean_metrics))
         sweeps.append({"name": sweep.name, "unit": sweep.unit, "points": points})
+    counts = {"probes": len(data_set.probes.template_ids), "gallery": len(data_set.references.template_ids)}
+    counts |= {"genuine": len(clean.genuine), "impostor": len(clean.impostor), "trials": settings.trials}
+    counts |= {"fte_probes": int((~probes.enrolled).sum()), "fte_gallery": int((~references.enrolled).sum())}
+    prepared, warnings = preprocessing(references.metadata)
+    if frozen.pairs.k < MIN_SUPPORTED:
+        warnings.append(f"FAR {settings.far}: fewer than {MIN_SUPPORTED} false matches stand behind the threshold.")
     return result_record(
-        _TASK,
+        TASK,
         "canonical",
-        counts={"probes": len(probe_rows), "gallery": len(gallery_rows), "trials": settings.trials},
-        metrics=_summary(clean, frozen, sweeps),
+        counts=counts,
+        metrics=_summary(clean_metrics, frozen, sweeps, settings),
+        warnings=warnings,
         sweeps=sweeps,
-        model=dict(gallery.metadata),
-        settings={"version": 1, "subset": settings.subset, "trials": settings.trials, "flip": settings.flip}
-        | {"sides": settings.sides},
+        set=data_set.name,
+        pooling=str(data_set.pooling),
+        model=dict(references.metadata),
+        preprocessing=prepared,
+        settings={"version": _VERSION, "subset": settings.subset, "trials": settings.trials, "flip": settings.flip}
+        | {"sides": settings.sides, "far": settings.far, "fpir": settings.fpir},
     )
 
 
-def _subset(faces: FaceSet, probes: Sequence[int], most: int | None) -> list[int]:
-    if most is None or most >= len(probes):
-        return list(probes)
-    return sorted(sorted(probes, key=lambda row: hashlib.sha256(faces.keys[row].encode()).digest())[:most])
+@dataclass(frozen=True)
+class _Moved:
+    references: EmbeddingSet
+    probes: EmbeddingSet
+    errors: list[float]  #: NME of every drawn error
 
 
-def _drawn(sweep: Sweep, level: float, key: str, trial: int) -> Misalignment:
-    """The same direction at every level of a sweep: levels differ in size alone."""
-    return sweep.draw(generator_for(f"{_TASK}/{sweep.name}", key, trial), level)
+class _Runner:
+    """One model on one set."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        faces: FaceSet,
+        data_set: FaeSet,
+        settings: FaeSettings,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self._embedder, self._set, self._settings = embedder, data_set, settings
+        self._faces = _Cached(faces)
+        self._place = {key: place for place, key in enumerate(faces.keys)}
+        self._on_progress, self._done = on_progress, 0
+
+    def _samples(self, side: Side) -> TemplateSamples:
+        return self._set.probes if side == "probe" else self._set.references
+
+    def embed(self, side: Side, errors: Sequence[Misalignment] | None = None) -> EmbeddingSet:
+        """Templates of one side, each sample with its error; None: aligned."""
+        samples = self._samples(side)
+        chunks = self._chunks(samples, errors or [ALIGNED] * len(samples.keys))
+        return pool_templates(samples, chunks, self._set.pooling, name=f"{self._set.name}, {side}s")
+
+    def _chunks(
+        self, samples: TemplateSamples, errors: Sequence[Misalignment]
+    ) -> Iterator[tuple[NDArray[np.int64], EmbeddingSet]]:
+        order = samples.stream_order()
+        for start in range(0, len(order), _CHUNK):
+            rows = order[start : start + _CHUNK]
+            names = samples.keys[rows].tolist()
+            chosen = WarpedFaces(
+                self._faces,
+                names,
+                [self._place.get(name, -1) for name in names],
+                None if samples.landmarks is None else samples.landmarks[rows],
+                [errors[row] for row in rows.tolist()],
+            )
+            found = embed_face_set(
+                self._embedder,
+                chosen,
+                flip=self._settings.flip,
+                batch_size=self._settings.batch_size,
+                on_progress=lambda count: self._on_progress(self._done + count),
+                may_all_fail=True,
+            )
+            self._done += len(rows)
+            yield rows, found.embeddings
+
+    def moved(self, sweep: Sweep, level: float, trial: int, references: EmbeddingSet) -> _Moved:
+        """Both sides at one level of a sweep."""
+        errors, spread = self._draw(sweep, level, trial, "probe")
+        if self._settings.sides == "both":
+            own, more = self._draw(sweep, level, trial, "reference")
+            references, spread = self.embed("reference", own), spread + more
+        return _Moved(references, self.embed("probe", errors), spread)
+
+    def _draw(self, sweep: Sweep, level: float, trial: int, side: Side) -> tuple[list[Misalignment], list[float]]:
+        samples = self._samples(side)
+        errors, distances = [], []
+        for row, key in enumerate(samples.keys.tolist()):
+            points = points_in_crop(None if samples.landmarks is None else samples.landmarks[row])
+            error = drawn_error(sweep, level, data_set=self._set.name, key=key, trial=trial, side=side, points=points)
+            errors.append(error)
+            distances.append(nme(error, points))
+        return errors, distances
+
+    def score(self, references: EmbeddingSet, probes: EmbeddingSet) -> _Scores:
+        """Compare what the set compares."""
+        if self._set.pairs is not None:
+            first, second, same = self._set.pairs
+            both = concatenate([references, probes])
+            scores = pair_scores(both, first, len(references) + second)
+            accuracy, _ = fold_accuracy(scores, same)
+            return _Scores(scores[same], scores[~same], accuracy=None if accuracy is None else accuracy.mean)
+        searches = [search_gallery(references.take(rows), probes) for rows in self._set.galleries]
+        rank = np.concatenate([s.rank[s.is_mated] for s in searches])
+        best = np.concatenate([s.mated_best for s in searches])
+        strangers = np.concatenate([s.non_mated_best for s in searches])
+        compared = compare_all(references.take(_most(references, probes)), probes)
+        return _Scores(
+            compared.scores[compared.same],
+            compared.scores[~compared.same],
+            rank_1=float((rank <= 1).mean()) if len(rank) else None,
+            mated=np.where(rank <= 1, best, np.float32(-np.inf)) if len(strangers) else None,
+            strangers=strangers if len(strangers) else None,
+        )
 
 
-def _warp(drawn: Mapping[str, Misalignment]) -> Transform:
-    return lambda pixels, key: misalign(pixels, drawn.get(key, ALIGNED))
+class _Cached:
+    """Decoded images are kept, up to a limit: every severity reads the same sources."""
+
+    def __init__(self, faces: FaceSet) -> None:
+        self._faces, self._kept, self._bytes = faces, dict[int, NDArray[np.uint8]](), 0
+        self.keys, self.identities = faces.keys, faces.identities
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        if (found := self._kept.get(index)) is not None:
+            return found
+        pixels = self._faces.read(index)
+        if self._bytes + pixels.nbytes <= _CACHE_BYTES:
+            self._kept[index] = pixels
+            self._bytes += pixels.nbytes
+        return pixels
 
 
-def _score(gallery: EmbeddingSet, probes: EmbeddingSet) -> _Scores:
-    scores = (probes.unit() @ gallery.unit().T).astype(np.float32)
-    scores[:, ~gallery.enrolled] = -np.inf
-    scores[~probes.enrolled] = -np.inf
-    ranks = rank_scores(scores, gallery.subject_ids, probes.subject_ids).rank
-    same = probes.subject_ids[:, None] == gallery.subject_ids[None, :]
-    return _Scores(float((ranks <= 1).mean()), scores[same], scores[~same])
+def _most(references: EmbeddingSet, probes: EmbeddingSet) -> NDArray[np.int64]:
+    """Entries to compare one by one: all of them, or the mates and others at even distances where they are too many."""
+    budget = MOST_COMPARISONS // max(1, len(probes))
+    if len(references) <= budget:
+        return np.arange(len(references))
+    mates = np.isin(references.subject_ids, probes.subject_ids)
+    others = np.flatnonzero(~mates)
+    step = max(1, -(-len(others) // max(1, budget - int(mates.sum()))))
+    return np.sort(np.concatenate([np.flatnonzero(mates), others[::step]]))
 
 
-def _measure(scores: _Scores, frozen: OperatingPoint) -> dict[str, float]:
-    own = operating_point(scores.impostor, float(_FAR_LABEL))
-    return {
-        "rank_1": scores.rank_1,
-        _TAR: float(accepts(scores.genuine, own).mean()),
-        "fnmr_frozen": 1.0 - float(accepts(scores.genuine, frozen).mean()),
-        "fmr_frozen": float(accepts(scores.impostor, frozen).mean()),
-    }
+def _measure(scores: _Scores, frozen: _Frozen, settings: FaeSettings) -> dict[str, float]:
+    own = operating_point(scores.impostor, float(settings.far))
+    found = {} if scores.rank_1 is None else {"rank_1": scores.rank_1}
+    if scores.accuracy is not None:
+        found["accuracy"] = scores.accuracy
+    found[f"tar@far={settings.far}"] = float(accepts(scores.genuine, own).mean())
+    if scores.mated is not None and scores.strangers is not None and frozen.searches is not None:
+        alarm = operating_point(scores.strangers, float(settings.fpir))
+        found[f"tpir@fpir={settings.fpir}"] = float(accepts(scores.mated, alarm).mean())
+        found["fnir_frozen"] = 1.0 - float(accepts(scores.mated, frozen.searches).mean())
+        found["fpir_frozen"] = float(accepts(scores.strangers, frozen.searches).mean())
+    found["fnmr_frozen"] = 1.0 - float(accepts(scores.genuine, frozen.pairs).mean())
+    found["fmr_frozen"] = float(accepts(scores.impostor, frozen.pairs).mean())
+    return found
 
 
-def _point(level: float, trials: Sequence[Mapping[str, float]], errors: Sequence[float]) -> dict[str, Any]:
+def _point(
+    level: float, trials: Sequence[Mapping[str, float]], errors: Sequence[float], clean: Mapping[str, float]
+) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     spread: dict[str, float | None] = {}
-    for name in trials[0]:
+    for name in clean:
         values = [trial[name] for trial in trials]
         metrics[name] = float(np.mean(values))
         spread[name] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"severity": float(level), "nme": float(np.mean(errors)), "metrics": metrics, "sd": spread}
+    return {
+        "severity": float(level),
+        "nme": float(np.mean(errors)),
+        "metrics": metrics,
+        "sd": spread,
+        "difference": {name: value - clean[name] for name, value in metrics.items()},
+    }
 
 
-def _summary(clean: _Scores, frozen: OperatingPoint, sweeps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    measured = _measure(clean, frozen)
-    metrics = {"rank_1": metric(measured["rank_1"]), _TAR: metric(measured[_TAR])}
-    metrics[_TAR] |= {"k": frozen.k, "realised": frozen.realised}
+def _summary(
+    clean: Mapping[str, float], frozen: _Frozen, sweeps: Sequence[Mapping[str, Any]], settings: FaeSettings
+) -> dict[str, Any]:
+    shown = [name for name in clean if not name.endswith("_frozen")]
+    metrics = {name: metric(clean[name]) for name in shown}
+    for name, point in ((f"tar@far={settings.far}", frozen.pairs), (f"tpir@fpir={settings.fpir}", frozen.searches)):
+        if point is not None:
+            threshold = point.threshold if np.isfinite(point.threshold) else None
+            metrics[name] |= {"k": point.k, "realised": point.realised, "threshold": threshold}
+            metrics[name] |= {"supported": point.k >= MIN_SUPPORTED}
     for sweep in sweeps:
-        for name in ("rank_1", _TAR):
+        for name in shown:
             metrics[f"area_{name}@{sweep['name']}"] = metric(_area(sweep["points"], name))
     return metrics
 

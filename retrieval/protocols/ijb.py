@@ -23,6 +23,7 @@ __all__ = [
     "IjbName",
     "IjbPairs",
     "TemplateList",
+    "covariate_codes",
     "match_templates",
     "read_covariates",
     "read_ijb_pairs",
@@ -176,6 +177,32 @@ def read_covariates(path: Path, covariate: str | None = None) -> tuple[TemplateL
     columns = read_columns(path, ("TEMPLATE_ID", covariate))
     values = dict(zip(columns["TEMPLATE_ID"].astype(np.int64).tolist(), columns[covariate].tolist(), strict=True))
     return listed, np.array([values[template] for template in listed.template_ids.tolist()])
+
+
+def covariate_codes(
+    path: Path, covariate: str, template_ids: NDArray[np.int64], *, used: NDArray[np.int32]
+) -> tuple[list[str], NDArray[np.int16]]:
+    """Strata of templates by one column of the covariate list.
+
+    Args:
+        path: the list.
+        covariate: name of the column.
+        template_ids: (T,) ascending.
+        used: places of the templates that need a stratum.
+
+    Returns:
+        Names of the strata, and (T,) the index of each template's stratum; -1 where it is not listed and not used.
+
+    Raises:
+        DataError: as `read_covariates`; or a used template is not listed.
+    """
+    listed, values = read_covariates(path, covariate)
+    names, codes = np.unique(np.asarray(values), return_inverse=True)
+    order = np.argsort(listed.template_ids)
+    ids, codes = listed.template_ids[order], codes[order]
+    match_templates(template_ids[np.unique(used)], ids, path=path)
+    places = np.minimum(np.searchsorted(ids, template_ids), len(ids) - 1)
+    return names.tolist(), np.where(ids[places] == template_ids, codes[places], -1).astype(np.int16)
 
 
 def subjects_of_pairs(pairs: IjbPairs, templates: int) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from retrieval.embeddings import EmbeddingSet
 from retrieval.extraction import Extraction, FlipMode, Transform, embed_face_set, select_images
 from retrieval.metrics import evaluate_identification, evaluate_verification
 from retrieval.protocols.lfw_pairs import Pairs
-from retrieval.results import identification_record, metric, result_record, verification_record
+from retrieval.results import identification_record, metric, preprocessing, result_record, verification_record
 
 __all__ = ["CLEAN", "LfwLqSettings", "evaluate_lfw_lq", "joined", "num_forward_images", "split_faces"]
 
@@ -119,8 +119,10 @@ def evaluate_lfw_lq(
     for size in settings.sizes_px:
         probes = embed(probe_rows, _degradation(size, settings.severity))
         conditions[f"{size}px"] = _identify(gallery, probes, size_px=size)
-    verified = evaluate_verification(joined(gallery, clean).take(back), pairs, fars=[float(far) for far in _FARS])
-    verification = verification_record(verified, far_labels=_FARS)
+    everything = joined(gallery, clean).take(back)
+    verified = evaluate_verification(everything, pairs, fars=[float(far) for far in _FARS])
+    quality = everything.pair_quality(pairs[0][pairs[2]], pairs[1][pairs[2]])
+    verification = verification_record(verified, far_labels=_FARS, quality=quality)
     conditions["verification"] = verification
     metrics = {f"rank_1@{name}": conditions[name]["metrics"]["rank_1"] for name in conditions if name != "verification"}
     metrics[f"rank_1_first_{FIRST_IDENTITIES}"] = _first_identities(gallery, clean)
@@ -133,6 +135,7 @@ def evaluate_lfw_lq(
         warnings=_warnings(conditions),
         conditions=conditions,
         model=dict(gallery.metadata),
+        preprocessing=preprocessing(gallery.metadata)[0],
         settings={"version": 1, "severity": settings.severity, "flip": settings.flip},
     )
 

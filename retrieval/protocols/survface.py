@@ -6,6 +6,7 @@
 Source: Cheng, Zhu, Gong, Surveillance Face Recognition Challenge (arXiv:1804.09691); docs of the protocols, E.1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aroface.errors import DataError
-from retrieval.protocols.collection import Collection, by_stem
+from retrieval.protocols.collection import by_stem
 from retrieval.protocols.text_tables import matlab_cells
 from retrieval.templates import TemplateSamples
 
@@ -50,17 +51,22 @@ def read_survface(folder: Path) -> SurvFaceLists:
 
 
 def survface_samples(
-    lists: SurvFaceLists, collection: Collection, *, image_gallery: bool = False
+    lists: SurvFaceLists, names: Sequence[str], *, image_gallery: bool = False
 ) -> tuple[TemplateSamples, int]:
     """Templates: the gallery (one per identity, or one per image), then mated, then unmated probes.
+
+    Args:
+        lists: from `read_survface`.
+        names: of all images.
+        image_gallery: every gallery image is a template.
 
     Returns:
         The templates, and how many of them are the gallery.
     """
-    stems = {folder: by_stem(collection.keys, folder) for folder in (_GALLERY, _MATED, _UNMATED)}
+    stems = {folder: by_stem(names, folder) for folder in (_GALLERY, _MATED, _UNMATED)}
 
-    def keys(folder: str, names: list[str]) -> list[str]:
-        return [stems[folder].get(name.rpartition(".")[0] or name, f"{folder}/{name}") for name in names]
+    def keys(folder: str, listed: list[str]) -> list[str]:
+        return [stems[folder].get(name.rpartition(".")[0] or name, f"{folder}/{name}") for name in listed]
 
     unmated = sorted(stems[_UNMATED].values())
     gallery_keys, probe_keys = keys(_GALLERY, lists.gallery), keys(_MATED, lists.probes)

@@ -7,6 +7,7 @@ Source: Cheng, Zhu, Gong, Low-Resolution Face Recognition, ACCV 2018 (arXiv:1811
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from retrieval.protocols.collection import Collection, by_stem, natural_embeddin
 from retrieval.protocols.text_tables import matlab_cells
 
 __all__ = ["COUNTS", "RANKS", "TinyFaceLists", "embed_tinyface", "read_tinyface_lists"]
+__all__ += ["tinyface_keys"]
 
 PROBE, MATCH, DISTRACTOR = "Probe", "Gallery_Match", "Gallery_Distractor"
 RANKS = (1, 5, 10, 20, 50)
@@ -57,20 +59,25 @@ def read_tinyface_lists(folder: Path) -> TinyFaceLists:
     return TinyFaceLists(probes, probe_ids, matches, match_ids, (folder / _MATCH_FILE, folder / _PROBE_FILE))
 
 
-def embed_tinyface(lists: TinyFaceLists, collection: Collection) -> tuple[EmbeddingSet, EmbeddingSet]:
-    """Gallery (matches, then distractors) and probes.
+def tinyface_keys(lists: TinyFaceLists, names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Names of the probes, the mated gallery images and the distractors among all images.
 
-    Files are found by their name without suffix within their own folder, so that copies in another image format fit.
+    Files are found by their name without suffix within their own folder, so that copies in another image format fit;
+    one that is missing keeps the name that was asked for.
     """
-    stems = {folder: by_stem(collection.keys, folder) for folder in (PROBE, MATCH, DISTRACTOR)}
+    stems = {folder: by_stem(names, folder) for folder in (PROBE, MATCH, DISTRACTOR)}
 
-    def embed(folder: str, names: list[str], ids: NDArray[np.int64]) -> EmbeddingSet:
-        found = [stems[folder].get(name.rpartition(".")[0], f"{folder}/{name}") for name in names]
-        return natural_embeddings(collection, np.array(found), ids, name=f"TinyFace {folder}")
+    def found(folder: str, listed: list[str]) -> list[str]:
+        return [stems[folder].get(name.rpartition(".")[0], f"{folder}/{name}") for name in listed]
 
-    matches = embed(MATCH, lists.matches, lists.match_ids)
-    others = sorted(stems[DISTRACTOR].values())
-    probes = embed(PROBE, lists.probes, lists.probe_ids)
+    return found(PROBE, lists.probes), found(MATCH, lists.matches), sorted(stems[DISTRACTOR].values())
+
+
+def embed_tinyface(lists: TinyFaceLists, collection: Collection) -> tuple[EmbeddingSet, EmbeddingSet]:
+    """Gallery (matches, then distractors) and probes."""
+    probe_keys, match_keys, others = tinyface_keys(lists, collection.keys)
+    matches = natural_embeddings(collection, np.array(match_keys), lists.match_ids, name=f"TinyFace {MATCH}")
+    probes = natural_embeddings(collection, np.array(probe_keys), lists.probe_ids, name=f"TinyFace {PROBE}")
     if not others:
         return matches, probes
     unknown = -1 - np.arange(len(others))  # each one somebody else

@@ -8,21 +8,12 @@ from typing import Any
 
 from aroface.errors import DataError
 from aroface.files import read_json
+from retrieval.report.published import Reference
 from retrieval.results import read_result
 
-__all__ = ["Reference", "ReportInputs", "Run", "read_inputs"]
+__all__ = ["ReportInputs", "Run", "read_inputs"]
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A published value to compare with."""
-
-    protocol: str
-    metric: str
-    value: float
-    source: str  #: paper and table
 
 
 @dataclass(frozen=True)
@@ -44,10 +35,7 @@ class ReportInputs:
     stages: Mapping[str, Any] = field(default_factory=dict)
     grid: bytes | None = None
     references: tuple[Reference, ...] = ()
-
-    def reference(self, protocol: str, metric: str) -> Reference | None:
-        """The published value of one metric, where one was given."""
-        return next((r for r in self.references if (r.protocol, r.metric) == (protocol, metric)), None)
+    names: tuple[str, ...] = ()  #: one label per result, or none
 
 
 def read_inputs(
@@ -57,6 +45,7 @@ def read_inputs(
     stages: Path | None = None,
     grid: Path | None = None,
     references: Path | None = None,
+    names: Sequence[str] = (),
 ) -> ReportInputs:
     """Read and check all files.
 
@@ -65,7 +54,8 @@ def read_inputs(
         run: directory of `aroface train`.
         stages: record of the stages that `aroface quickstart` writes.
         grid: PNG that `aroface attack` draws.
-        references: JSON `{"rows": [{"protocol", "metric", "value", "source"}]}` of published values.
+        references: JSON `{"rows": [{"protocol", "metric", "value", "source"}]}` of values to compare with.
+        names: one label per result; none: the ids of the models.
 
     Raises:
         DataError: a file is missing or is something else.
@@ -76,6 +66,7 @@ def read_inputs(
         stages=_read_stages(stages) if stages else {},
         grid=_read_png(grid) if grid else None,
         references=_read_references(references) if references else (),
+        names=tuple(names),
     )
 
 

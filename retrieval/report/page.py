@@ -1,12 +1,12 @@
 """The report as a whole: what stands where, and the files it is written to."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aroface.errors import DataError
-from aroface.files import atomic_path, new_directory
+from aroface.files import atomic_path, new_directory, write_json
 from retrieval.report.document import (
     Block,
     Document,
@@ -20,12 +20,13 @@ from retrieval.report.document import (
     Section,
     Table,
 )
+from retrieval.report.groups import Group, group_results, model_of
 from retrieval.report.inputs import ReportInputs, Run
 from retrieval.report.plots import plot_training
 from retrieval.report.sections import result_sections
 from retrieval.report.to_html import render_html
 from retrieval.report.to_markdown import render_markdown
-from retrieval.report.wording import condition_name, interval, metric_name, percent, system_name
+from retrieval.report.wording import condition_name, interval, metric_name, percent
 
 __all__ = ["build_document", "write_report"]
 
@@ -34,7 +35,7 @@ _MOST_KEY_NUMBERS = 4
 
 
 def write_report(inputs: ReportInputs, out: Path, *, title: str = "Face recognition report") -> list[Path]:
-    """Write report.html, report.md and plots/ into a new folder.
+    """Write report.html, report.md, results.json (all records as given) and plots/ into a new folder.
 
     Args:
         inputs: from `read_inputs`.
@@ -56,6 +57,7 @@ def write_report(inputs: ReportInputs, out: Path, *, title: str = "Face recognit
     for name, text in pages.items():
         with atomic_path(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    write_json(out / "results.json", {"title": title, "results": [dict(record) for record in inputs.results]})
     return [out / "report.html", out / "report.md"]
 
 
@@ -75,26 +77,26 @@ def _subtitle(inputs: ReportInputs) -> str:
     version = versions.get("aroface") or (inputs.run.environment.get("versions", {}) if inputs.run else {}).get(
         "aroface"
     )
-    models = sorted({str(found) for record in inputs.results if (found := _model_id(record))})
+    models = sorted({found for record in inputs.results if (found := model_of(record))})
     parts = [f"model {', '.join(models)}" if models else "", f"aroface {version}" if version else ""]
     return " · ".join(part for part in parts if part)
 
 
-def _model_id(record: Mapping[str, Any]) -> Any:
-    model = record.get("model") or record.get("inputs", {}).get("model") or {}
-    return model.get("model_id") or model.get("model")
-
-
 def _headline(inputs: ReportInputs) -> Section:
+    groups = [g for g in group_results(inputs.results, inputs.names) if g.protocol != "compare"]
+    if not groups:
+        return Section("At a glance", ())
     warnings = tuple(Notice(text) for record in inputs.results for text in record.get("warnings", ()))
-    compared = next((record for record in inputs.results if "conditions" in record), None)
-    numbers = _compared_numbers(compared) if compared else _plain_numbers(inputs)
+    lead = next((group for group in groups if _has_sizes(group)), None)
+    numbers = _leading_numbers(lead) if lead is not None else _plain_numbers(groups)
     blocks: list[Block] = [KeyNumbers(tuple(numbers))] if numbers else []
-    if compared and compared.get("baselines"):
+    first = lead or groups[0]
+    others = [system.label for system in first.systems[1:]]
+    if others:
         blocks.append(
             Paragraph(
-                "Beside each number stand its 95 % confidence interval and what the same task gives "
-                f"{_and([_BASELINES.get(key, key) for key in compared['baselines']])}."
+                f"The large number is that of “{first.systems[0].label}”, with its 95 % confidence interval; "
+                f"beneath it stand {_and(others)}."
             )
         )
     if warnings:
@@ -102,18 +104,17 @@ def _headline(inputs: ReportInputs) -> Section:
     return Section("At a glance", tuple(blocks))
 
 
-_BASELINES = {
-    "untrained": "to the same network with fresh weights",
-    "pixels": "to a comparison of the pixels themselves",
-}
+def _has_sizes(group: Group) -> bool:
+    return any(key.startswith("rank_1@") for key in group.first["metrics"])
 
 
 def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _compared_numbers(record: Mapping[str, Any]) -> list[KeyNumber]:
+def _leading_numbers(group: Group) -> list[KeyNumber]:
     """Clean, the middle and the smallest size, and pair accuracy."""
+    record = group.first
     names = [key.removeprefix("rank_1@") for key in record["metrics"] if key.startswith("rank_1@")]
     chosen = list(dict.fromkeys([*names[:1], *names[len(names) // 2 : len(names) // 2 + 1], *names[-1:]]))
     numbers = []
@@ -122,7 +123,7 @@ def _compared_numbers(record: Mapping[str, Any]) -> list[KeyNumber]:
             continue
         name = key.removeprefix("rank_1@")
         label = metric_name(key) if key == "accuracy" else f"Rank-1, {_probes(name)}"
-        numbers.append(KeyNumber(label, percent(entry["value"]), _detail(record, key)))
+        numbers.append(KeyNumber(label, percent(entry["value"]), _detail(group, key)))
     return numbers
 
 
@@ -130,22 +131,22 @@ def _probes(condition: str) -> str:
     return f"{condition_name(condition)} {'faces' if condition.endswith('px') else 'probes'}"
 
 
-def _detail(record: Mapping[str, Any], key: str) -> str:
-    entry = record["metrics"][key]
+def _detail(group: Group, key: str) -> str:
+    entry = group.first["metrics"][key]
     lines = [interval(entry)] if entry.get("ci95") else []
-    for name, other in record.get("baselines", {}).items():
-        if (baseline := other["metrics"].get(key)) is not None:
-            lines.append(f"{system_name(name)} {percent(baseline['value'])}")
+    for system in group.systems[1:]:
+        if (other := system.record["metrics"].get(key)) is not None:
+            lines.append(f"{system.label} {percent(other['value'])}")
     return "\n".join(lines)
 
 
-def _plain_numbers(inputs: ReportInputs) -> list[KeyNumber]:
-    """The first metrics of the results, a few of each."""
+def _plain_numbers(groups: Sequence[Group]) -> list[KeyNumber]:
+    """The first metrics of every group, a few of each."""
     found = []
-    most = max(1, _MOST_KEY_NUMBERS // len(inputs.results))
-    for record in inputs.results:
-        valued = [(key, entry) for key, entry in record["metrics"].items() if entry["value"] is not None]
-        found += [KeyNumber(metric_name(key), percent(entry["value"]), interval(entry)) for key, entry in valued[:most]]
+    most = max(1, _MOST_KEY_NUMBERS // len(groups))
+    for group in groups:
+        valued = [(key, entry) for key, entry in group.first["metrics"].items() if entry["value"] is not None]
+        found += [KeyNumber(metric_name(key), percent(e["value"]), _detail(group, key)) for key, e in valued[:most]]
     return found[:_MOST_KEY_NUMBERS]
 
 

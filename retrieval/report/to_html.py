@@ -18,7 +18,7 @@ from retrieval.report.document import (
     Section,
     Table,
 )
-from retrieval.report.plots import COLOURS, GRID, INK, MUTED
+from retrieval.report.style import COLOURS, GRID, INK, MUTED
 
 __all__ = ["render_html"]
 
