@@ -156,7 +156,7 @@ def _load_file(path: Path) -> TrainedModel:
             f"{path} is no model by itself: {reason}. Take the model.safetensors of a checkpoint that `aroface train` "
             "wrote, or name the checkpoint's directory."
         ) from error
-    return TrainedModel(backbone.eval(), contract, _name(config), sha256_of(path))
+    return TrainedModel(backbone.eval(), contract, config.name, sha256_of(path))
 
 
 def untrained_model(path: Path, *, seed: int = 0) -> TrainedModel:

@@ -8,14 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aroface.contract import ColourOrder, InputContract
 from aroface.errors import ExportError
 
-__all__ = ["FORMAT_VERSION", "InputLayout", "ModelMetadata", "Precision"]
+__all__ = ["FORMAT_VERSION", "InputLayout", "ModelMetadata", "Precision", "QuantisationTarget"]
 
 FORMAT_VERSION = 1
 _PREFIX = "aroface."
 
 #: uint8_nhwc: (N, S, S, 3) RGB pixels, preprocessing in the graph. float_nchw: (N, 3, S, S) preprocessed by the caller.
 InputLayout = Literal["uint8_nhwc", "float_nchw"]
-Precision = Literal["fp32"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+#: The runtime that the scales of an int8 graph are placed for: see `export.quantise`.
+QuantisationTarget = Literal["cpu", "tensorrt"]
 
 
 class ModelMetadata(BaseModel):
@@ -38,7 +40,8 @@ class ModelMetadata(BaseModel):
     output_norm: str = "norm"
     embedding_dim: int
     flip_fusion: bool = Field(description="the embedding is the sum over the image and its mirror image")
-    precision: Precision
+    precision: Precision = Field(description="of the body of the network; the neck computes in fp32")
+    quantisation: QuantisationTarget | None = Field(default=None, description="where the scales of int8 stand")
 
     @property
     def contract(self) -> InputContract:
@@ -51,6 +54,7 @@ class ModelMetadata(BaseModel):
         return {
             f"{_PREFIX}{key}": str(value).lower() if isinstance(value, bool) else str(value)
             for key, value in values.items()
+            if value is not None
         }
 
     @classmethod

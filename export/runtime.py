@@ -1,22 +1,24 @@
 """An exported ONNX file as an embedder, on ONNX Runtime. Imports no torch."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from aroface.contract import InputContract
 from aroface.errors import ExportError
+from export.embedder import ExportedEmbedder
 from export.metadata import ModelMetadata
+from export.onnx_file import require_file
 
 __all__ = ["OnnxEmbedder"]
 
 _PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
-_LOG_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
 
 
-class OnnxEmbedder:
+class OnnxEmbedder(ExportedEmbedder):
     """`aroface.types.Embedder` on ONNX Runtime.
 
     Args:
@@ -25,16 +27,13 @@ class OnnxEmbedder:
         batch_size: largest batch that goes through the network at once; memory, not the result.
 
     Raises:
-        ExportError: the file is missing, is not ONNX, or carries no contract.
+        ExportError: the file is missing, is not ONNX, carries no contract, or has a type that ONNX Runtime lacks.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, batch_size: int = 64) -> None:
-        if not path.is_file():
-            raise ExportError(
-                f"{path} does not exist; make it with `aroface export CHECKPOINT --to onnx --out {path}`."
-            )
+        require_file(path)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY  # what goes wrong is raised as well
         if threads is not None:
             options.intra_op_num_threads = threads
         # Waiting threads that spin slow down the decoding threads beside them.
@@ -44,46 +43,21 @@ class OnnxEmbedder:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
-            raise ExportError(f"{path} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {error}") from error
-        self.metadata = ModelMetadata.from_props(self._session.get_modelmeta().custom_metadata_map, name=str(path))
-        self._contract = self.metadata.contract
-        self._batch_size = batch_size
+            raise ExportError(_explain(path, error)) from error
+        metadata = ModelMetadata.from_props(self._session.get_modelmeta().custom_metadata_map, name=str(path))
+        super().__init__(self._run, metadata, runtime="onnx", batch_size=batch_size)
 
-    @property
-    def contract(self) -> InputContract:
-        """What the network expects; `embed` applies it."""
-        return self._contract
-
-    @property
-    def embedding_dim(self) -> int:
-        """D."""
-        return self.metadata.embedding_dim
-
-    @property
-    def model_id(self) -> str:
-        """Short name and hash of the exported checkpoint, with what was added on export."""
-        fused = "-flip" if self.metadata.flip_fusion else ""
-        return f"{self.metadata.model_id}-onnx-{self.metadata.precision}{fused}"
-
-    def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, S, S, 3) uint8 RGB to (B, D) float32, un-normalised."""
-        return self.embed_with_norm(images)[0]
-
-    def embed_with_norm(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(B, S, S, 3) uint8 RGB to both outputs: embeddings (B, D) and their norms (B,), float32."""
-        self._contract.check_images(images)
-        embeddings = np.empty((len(images), self.embedding_dim), np.float32)
-        norms = np.empty(len(images), np.float32)
+    def _run(self, batch: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         names = [self.metadata.output_embedding, self.metadata.output_norm]
-        for start in range(0, len(images), self._batch_size):
-            part = slice(start, min(start + self._batch_size, len(images)))
-            feed = {self.metadata.input_name: self._prepare(images[part])}
-            embeddings[part], norms[part] = self._session.run(names, feed)
+        embeddings, norms = self._session.run(names, {self.metadata.input_name: batch})
         return embeddings, norms
 
-    def _prepare(self, images: NDArray[np.uint8]) -> NDArray[np.uint8] | NDArray[np.float32]:
-        if self.metadata.input_layout == "uint8_nhwc":
-            return np.ascontiguousarray(images)
-        ordered = images[..., ::-1] if self._contract.colour_order == "bgr" else images
-        pixels = (ordered.astype(np.float32) - np.float32(self._contract.mean)) / np.float32(self._contract.std)
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+def _explain(path: Path, error: Exception) -> str:
+    text = f"{path} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {error}"
+    if "NOT_IMPLEMENTED" in str(error):
+        text += (
+            ". Its kernels for this machine lack the type of the model; run a bf16 model with --runtime openvino, or "
+            "export with --precision fp16 or fp32."
+        )
+    return text

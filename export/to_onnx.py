@@ -1,7 +1,8 @@
 """Checkpoint -> one self-contained ONNX file that equals it, or no file.
 
 The graph holds everything between the pixels and the two outputs: channel order and normalisation (for uint8 input),
-the backbone with its batch norms folded into the convolutions, optionally the fusion with the mirror image.
+the backbone without any batch norm, optionally the fusion with the mirror image. The body computes in fp32, fp16, bf16
+or int8; the precision stands in the graph, so that every runtime computes the same.
 """
 
 import contextlib
@@ -24,14 +25,32 @@ from aroface.errors import ExportError
 from aroface.files import atomic_path
 from aroface.inference import TorchEmbedder, TrainedModel
 from aroface.preprocess import normalise
-from export.metadata import FORMAT_VERSION, InputLayout, ModelMetadata
+from export.accuracy import AccuracyGate, AccuracyReport, check_accuracy
+from export.embedder import ExportedEmbedder
+from export.fold_batch_norm import fold_batch_norms
+from export.half_precision import to_half_precision
+from export.metadata import FORMAT_VERSION, InputLayout, ModelMetadata, Precision, QuantisationTarget
+from export.openvino_runtime import OpenVinoEmbedder
 from export.parity import ParityReport, check_parity
+from export.quantise import quantise
 from export.runtime import OnnxEmbedder
 
-__all__ = ["OPSET_VERSION", "OnnxSettings", "build_onnx", "export_onnx"]
+__all__ = [
+    "MIN_OPSET_VERSION",
+    "OPSET_VERSION",
+    "OnnxExport",
+    "OnnxSettings",
+    "build_onnx",
+    "export_onnx",
+    "make_onnx",
+    "open_for_gates",
+]
 
-#: Read by ONNX Runtime from 1.17 and TensorRT from 10.0 on.
-OPSET_VERSION = 20
+#: The newest that both ONNX Runtime 1.32 and TensorRT 11 read.
+OPSET_VERSION = 25
+#: Read by ONNX Runtime from 1.17 and TensorRT from 10.0 on; bf16 convolutions exist from 22 on.
+MIN_OPSET_VERSION = 20
+_MIN_BF16_OPSET_VERSION = 22
 
 _MAX_FILE_BYTES = (1 << 31) - 1  # a protobuf message, and so a self-contained ONNX file, ends at 2 GiB
 _MAX_TRACED_BATCH = 4096  # bound for the tracer only; the graph takes any batch
@@ -47,6 +66,17 @@ class OnnxSettings:
 
     input_layout: InputLayout = "uint8_nhwc"
     flip_fusion: bool = False  #: the embedding is e(x) + e(mirrored x)
+    precision: Precision = "fp32"
+    quantisation: QuantisationTarget = "cpu"  #: for int8: which runtime the scales are placed for
+    opset_version: int = OPSET_VERSION
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What the gates found."""
+
+    parity: ParityReport
+    accuracy: AccuracyReport | None  #: None where no set was given
 
 
 class _ExportedGraph(nn.Module):
@@ -69,21 +99,60 @@ class _ExportedGraph(nn.Module):
 
 
 def export_onnx(
-    model: TrainedModel, path: Path, faces: NDArray[np.uint8], settings: OnnxSettings | None = None
-) -> ParityReport:
+    model: TrainedModel,
+    path: Path,
+    faces: NDArray[np.uint8],
+    settings: OnnxSettings | None = None,
+    *,
+    calibration: NDArray[np.uint8] | None = None,
+    gate: AccuracyGate | None = None,
+) -> OnnxExport:
     """Write `path`, after the graph has shown the same embeddings as the checkpoint on `faces`.
 
     Args:
         model: the checkpoint, on the CPU.
         path: the .onnx file; replaced atomically.
-        faces: (N, S, S, 3) uint8 RGB, N >= 12, for the parity gate.
-        settings: input layout and flip fusion; the default is uint8 input without fusion.
+        faces: (N, S, S, 3) uint8 RGB, N >= `NUM_PARITY_FACES`, for the parity gate.
+        settings: input, precision and so on; the default is uint8 input, fp32, without fusion.
+        calibration: (N, S, S, 3) uint8 RGB: the faces that int8 takes its ranges from.
+        gate: rates that may not fall; int8 needs it.
 
     Raises:
-        ExportError: the graph is invalid, too large, or differs from the checkpoint. No file is left then.
+        ExportError: a setting cannot be had, the graph is invalid or too large, or it differs from the checkpoint by
+            more than the gates allow. No file is left then.
     """
     settings = settings or OnnxSettings()
+    if settings.precision == "int8" and gate is None:
+        raise ExportError(
+            "int8 changes every embedding, so it needs a set to show what that costs: name faces of at least two "
+            "images per identity with --accuracy-set."
+        )
+    proto = make_onnx(model, settings, calibration)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+        reference = TorchEmbedder(model, device="cpu")
+        exported = open_for_gates(temporary, settings.precision)
+        parity = check_parity(reference, exported, faces)
+        return OnnxExport(parity, None if gate is None else check_accuracy(reference, exported, gate))
+
+
+def make_onnx(
+    model: TrainedModel, settings: OnnxSettings, calibration: NDArray[np.uint8] | None = None
+) -> onnx.ModelProto:
+    """The finished graph in its precision, checked but not compared with the checkpoint.
+
+    Raises:
+        ExportError: a setting cannot be had, or the graph is invalid or too large.
+    """
+    _check_settings(settings)
     proto = build_onnx(model, settings)
+    metadata = _describe(model, settings)
+    if settings.precision == "int8":
+        faces = np.empty((0, 1, 1, 3), np.uint8) if calibration is None else calibration
+        proto = quantise(proto, metadata, faces, settings.quantisation)
+    elif settings.precision != "fp32":
+        proto = to_half_precision(proto, settings.precision)
+    _stamp(proto, metadata)
     if proto.ByteSize() > _MAX_FILE_BYTES:
         raise ExportError(
             f"The model takes {proto.ByteSize() / 2**30:.2f} GiB; one ONNX file holds at most 2 GiB. "
@@ -93,17 +162,11 @@ def export_onnx(
         onnx.checker.check_model(proto, full_check=True)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
-        return check_parity(
-            TorchEmbedder(model, device="cpu"),
-            OnnxEmbedder(temporary, threads=torch.get_num_threads()),
-            faces,
-        )
+    return proto
 
 
 def build_onnx(model: TrainedModel, settings: OnnxSettings) -> onnx.ModelProto:
-    """The graph with its metadata; the same model and settings give the same bytes."""
+    """The graph in fp32, without batch norms; the same model and settings give the same bytes."""
     side = model.contract.image_size
     graph = _ExportedGraph(model.backbone, model.contract, settings).eval()
     example = (
@@ -121,16 +184,36 @@ def build_onnx(model: TrainedModel, settings: OnnxSettings) -> onnx.ModelProto:
             dynamic_shapes=({0: batch},),
             input_names=[metadata.input_name],
             output_names=[metadata.output_embedding, metadata.output_norm],
-            opset_version=OPSET_VERSION,
+            opset_version=settings.opset_version,
             verbose=False,
         )
     if program is None:
         raise ExportError("torch.onnx.export returned no program; report this with the versions of `aroface doctor`.")
     proto: onnx.ModelProto = program.model_proto
     _drop_trace(proto)
-    onnx.helper.set_model_props(proto, metadata.to_props())
-    proto.producer_name, proto.producer_version = "aroface", __version__
+    fold_batch_norms(proto)
+    _stamp(proto, metadata)
     return proto
+
+
+def _check_settings(settings: OnnxSettings) -> None:
+    lowest = _MIN_BF16_OPSET_VERSION if settings.precision == "bf16" else MIN_OPSET_VERSION
+    if not lowest <= settings.opset_version <= OPSET_VERSION:
+        raise ExportError(
+            f"--opset {settings.opset_version} cannot be had for {settings.precision}; {lowest} to {OPSET_VERSION} can."
+        )
+
+
+def open_for_gates(path: Path, precision: Precision) -> ExportedEmbedder:
+    """The file on a runtime that computes it as it stands: ONNX Runtime, whose processor kernels know no bf16 though.
+
+    Raises:
+        ExportError: the file is damaged, or bf16 needs OpenVINO and it is not installed.
+    """
+    threads = torch.get_num_threads()
+    if precision == "bf16":
+        return OpenVinoEmbedder(path, precision="bf16", threads=threads)
+    return OnnxEmbedder(path, threads=threads)
 
 
 def _describe(model: TrainedModel, settings: OnnxSettings) -> ModelMetadata:
@@ -142,9 +225,15 @@ def _describe(model: TrainedModel, settings: OnnxSettings) -> ModelMetadata:
         input_layout=settings.input_layout,
         embedding_dim=model.backbone.embedding_dim,
         flip_fusion=settings.flip_fusion,
-        precision="fp32",
+        precision=settings.precision,
+        quantisation=settings.quantisation if settings.precision == "int8" else None,
         **model.contract.model_dump(),
     )
+
+
+def _stamp(proto: onnx.ModelProto, metadata: ModelMetadata) -> None:
+    onnx.helper.set_model_props(proto, metadata.to_props())
+    proto.producer_name, proto.producer_version = "aroface", __version__
 
 
 def _drop_trace(proto: onnx.ModelProto) -> None:

@@ -1,6 +1,7 @@
 """Turn the faces of a folder, archive, list or shard directory into embeddings.
 
-MODEL is a run directory, one of its checkpoints (both on PyTorch), or an .onnx file (on ONNX Runtime). Embeddings are
+MODEL is a run directory, one of its checkpoints (both on PyTorch), an .onnx file (on ONNX Runtime, or on OpenVINO with
+--runtime openvino), or a TensorRT .engine. Embeddings are
 written un-normalised, one row per image, with identity and key. An image that cannot be read gets a zero row marked
 `fte` (failure to enrol) and is named in a warning.
 
@@ -37,7 +38,7 @@ _USER_ERROR = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="run directory, checkpoint or .onnx file")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="run directory, checkpoint, .onnx or .engine file")
     parser.add_argument(
         "images", type=Path, metavar="IMAGES", help="folder or archive of identity/image, list, shards, flat folder"
     )
@@ -68,7 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="arithmetic of PyTorch, for checkpoints only (%(default)s)",
+        help="arithmetic of PyTorch (checkpoints) and OpenVINO; the others keep their own (%(default)s)",
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "openvino"),
+        default="onnxruntime",
+        help="what runs an .onnx file (%(default)s)",
     )
     parts = parser.add_argument_group("for a folder of parts")
     parts.add_argument(
@@ -112,7 +119,11 @@ class _Job:
         self.faces = faces if args.landmarks is None else align_faces(faces, args.landmarks)
         self.unaligned = faces
         self.embedder: Embedder = open_embedder(
-            args.model, precision=args.precision, threads=args.threads, batch_size=args.batch
+            args.model,
+            precision=args.precision,
+            threads=args.threads,
+            batch_size=args.batch,
+            runtime=args.runtime,
         )
         _refuse_double_flip(self.embedder, args)
         self.indices = select_images(self.faces, args.take)
@@ -275,7 +286,8 @@ def _device(devices: Sequence[str], number: int) -> dict[str, str]:
 def _as_options(args: argparse.Namespace, threads: int) -> list[str]:
     options = [str(args.model), str(args.images), "--out", str(args.out), "--take", args.take, "--flip", args.flip]
     options += ["--batch", str(args.batch), "--threads", str(threads), "--decode-threads", str(args.decode_threads)]
-    options += ["--precision", args.precision, "--images-per-part", str(args.images_per_part)]
+    options += ["--precision", args.precision, "--runtime", args.runtime]
+    options += ["--images-per-part", str(args.images_per_part)]
     options += ["--landmarks", str(args.landmarks)] if args.landmarks is not None else []
     return [*options, *(["--align"] if args.align else [])]
 

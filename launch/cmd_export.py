@@ -1,31 +1,47 @@
-"""Write a checkpoint as one ONNX file, and prove on faces that it gives the same embeddings.
+"""Write a checkpoint as one ONNX file or TensorRT engine, and prove on faces that it gives the same embeddings.
 
 The file takes uint8 RGB crops (N, S, S, 3) and holds its own preprocessing; it gives `embedding` (N, D), un-normalised,
 and `norm` (N,). Its metadata carry the input contract. FILE.json beside it holds the figures of the comparison. If the
 two differ, the command fails and leaves no file.
+
+int8 is calibrated on faces, and has to keep its rates on an evaluation set. --to tensorrt takes an exported .onnx file
+too, and has to run on the GPU that the engine is for. docs/export.md tells which form to choose.
 """
 
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aroface.errors import ExportError
+from aroface.errors import ConfigError, ExportError
 from aroface.files import sha256_of, write_json
+from launch.evaluate_options import positive
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from export.accuracy import AccuracyGate, AccuracyReport
+    from export.parity import ParityReport
+    from export.to_onnx import OnnxSettings
+
+_OPSETS = "20 to 25"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="run directory, or one of its step-NNNNNNNN"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="run directory, one of its step-NNNNNNNN, or (for --to tensorrt) an .onnx file",
     )
     parser.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx", help="target format (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as model.onnx")
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16", "int8"),
-        default="fp32",
-        help="arithmetic of the exported model (%(default)s)",
+        help="arithmetic of the exported model (fp32, or that of the .onnx file)",
     )
     parser.add_argument(
         "--input",
@@ -35,66 +51,241 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="uint8 RGB pixels, or floats that the caller has preprocessed (%(default)s)",
     )
     parser.add_argument("--flip-fusion", action="store_true", help="embedding = e(image) + e(mirrored image)")
+    parser.add_argument("--opset", type=positive, metavar="N", help=f"of the ONNX graph, {_OPSETS} (the newest)")
     parser.add_argument(
         "--faces",
         type=Path,
         metavar="PATH",
         help="faces for the comparison: folder, .zip or shard directory (default: synthetic images)",
     )
+    _add_int8(parser)
+    _add_gate(parser)
+    _add_tensorrt(parser)
+
+
+def _add_int8(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("int8")
+    group.add_argument("--calibration", type=Path, metavar="PATH", help="faces to take the ranges from (--faces)")
+    group.add_argument(
+        "--calibration-faces", type=positive, default=256, metavar="N", help="how many of them (%(default)s)"
+    )
+    group.add_argument(
+        "--int8-for",
+        choices=("cpu", "tensorrt"),
+        help="where the scales stand: for ONNX Runtime and OpenVINO, or for TensorRT (by --to)",
+    )
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("accuracy gate", "for every precision; int8 needs it")
+    group.add_argument("--accuracy-set", type=Path, metavar="PATH", help="faces, several images per identity")
+    group.add_argument("--far", type=float, default=1e-3, metavar="P", help="of the TAR that is compared (%(default)g)")
+    group.add_argument(
+        "--fpir", type=float, default=1e-2, metavar="P", help="of the TPIR that is compared (%(default)g)"
+    )
+    for option, name in (("--max-rank1-drop", "Rank-1"), ("--max-tar-drop", "TAR"), ("--max-tpir-drop", "TPIR")):
+        group.add_argument(
+            option,
+            type=float,
+            default=0.01,
+            metavar="D",
+            help=f"how far {name} may fall; 0.01 is a percentage point (%(default)g)",
+        )
+
+
+def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TensorRT")
+    group.add_argument(
+        "--batch-profile",
+        action="append",
+        metavar="MIN,OPT,MAX",
+        help="batch sizes to build for; several may be given (1,1,8 and 1,64,64)",
+    )
+    group.add_argument("--workspace-gib", type=float, metavar="G", help="scratch memory at the most")
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="makes a second build faster")
+    group.add_argument("--optimisation-level", type=int, metavar="0..5", help="time spent looking for fast kernels (3)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Export and print what was compared."""
-    _refuse_what_does_not_exist(args)
-    from aroface.inference import load_model
-    from export.parity import sample_faces, synthetic_faces
-    from export.to_onnx import OnnxSettings, export_onnx
+    if args.out.is_dir():
+        suffix = "onnx" if args.to == "onnx" else "engine"
+        raise ExportError(
+            f"--out {args.out} is a directory; name a file in it, such as {args.out / f'model.{suffix}'}."
+        )
+    _check_gate_options(args)
+    return _to_onnx(args) if args.to == "onnx" else _to_tensorrt(args)
 
+
+def _to_onnx(args: argparse.Namespace) -> int:
+    from aroface.inference import load_model
+    from export.to_onnx import export_onnx
+
+    if args.checkpoint.suffix == ".onnx":
+        raise ConfigError(f"{args.checkpoint} is an ONNX file already; name the checkpoint, or use --to tensorrt.")
     started = time.perf_counter()
     model = load_model(args.checkpoint)
-    size = model.contract.image_size
-    if args.faces is None:
-        faces, faces_name = synthetic_faces(size), "synthetic images"
-    else:
-        from shards.faces import open_face_set
-
-        faces, faces_name = sample_faces(open_face_set(args.faces), size), str(args.faces)
-    settings = OnnxSettings(input_layout=args.input_layout, flip_fusion=args.flip_fusion)
-    parity = export_onnx(model, args.out, faces, settings)
-    report: dict[str, Any] = {
+    settings = _onnx_settings(args)
+    faces, faces_name = _faces(args, model.contract.image_size)
+    calibration = _calibration(args, model.contract.image_size) if settings.precision == "int8" else None
+    done = export_onnx(model, args.out, faces, settings, calibration=calibration, gate=_gate(args))
+    report = {
         "model_id": model.model_id,
         "checkpoint_sha256": model.weights_sha256,
         "file_sha256": sha256_of(args.out),
         "file_bytes": args.out.stat().st_size,
-        "format": args.to,
-        "precision": args.precision,
-        "input_layout": args.input_layout,
-        "flip_fusion": args.flip_fusion,
+        "format": "onnx",
+        "precision": settings.precision,
+        "opset": settings.opset_version,
+        "input_layout": settings.input_layout,
+        "flip_fusion": settings.flip_fusion,
+        "quantisation": settings.quantisation if settings.precision == "int8" else None,
+        "calibration": _calibration_record(args, calibration),
         "contract": model.contract.model_dump(),
         "faces": faces_name,
-        "parity": parity.to_json(),
+        "parity": done.parity.to_json(),
+        "accuracy": None if done.accuracy is None else done.accuracy.to_json(),
         "elapsed_s": round(time.perf_counter() - started, 2),
     }
     write_json(args.out.with_name(f"{args.out.name}.json"), report)
-    batches = ", ".join(map(str, parity.batch_sizes))
-    print(
-        f"{args.out}: {model.model_id}, {report['file_bytes'] / 2**20:.1f} MiB, {args.precision}, {args.input_layout}"
-    )
-    print(f"  parity with the checkpoint on {parity.num_faces} faces ({faces_name}), batches of {batches}:")
-    print(f"  smallest cosine   {parity.min_cosine:.7f}   (gate: {parity.cosine_limit})")
-    print(f"  largest difference  {parity.max_abs_difference:.1e}")
+    size = f"{report['file_bytes'] / 2**20:.1f} MiB"
+    print(f"{args.out}: {model.model_id}, {size}, {settings.precision}, {settings.input_layout}")
+    _print_gates(done.parity, done.accuracy, faces_name)
     return 0
 
 
-def _refuse_what_does_not_exist(args: argparse.Namespace) -> None:
-    if args.to == "tensorrt":
-        raise ExportError(
-            "--to tensorrt: a TensorRT engine is built from the ONNX file on the GPU that will run it, and aroface "
-            "does not build engines yet. Export with --to onnx and give that file to `trtexec --onnx=FILE`."
+def _to_tensorrt(args: argparse.Namespace) -> int:
+    from export.engine_record import BatchProfile
+    from export.tensorrt_probe import require_tensorrt
+    from export.to_tensorrt import DEFAULT_PROFILES, EngineSettings, export_tensorrt
+
+    profiles = tuple(BatchProfile.parse(text) for text in args.batch_profile or ())
+    require_tensorrt()
+    settings = EngineSettings(
+        profiles=profiles or DEFAULT_PROFILES,
+        workspace_gib=args.workspace_gib,
+        timing_cache=args.timing_cache,
+        optimisation_level=args.optimisation_level,
+    )
+    proto, reference, calibration = _graph_for_engine(args)
+    faces, faces_name = _faces(args, reference.contract.image_size)
+    report = {
+        "model_id": reference.model_id,
+        "format": "tensorrt",
+        "faces": faces_name,
+        "calibration": _calibration_record(args, calibration),
+    }
+    done = export_tensorrt(proto, args.out, reference, faces, settings, gate=_gate(args), report=report)
+    record = done.record
+    size = f"{args.out.stat().st_size / 2**20:.1f} MiB"
+    print(f"{args.out}: {record.model.model_id}, {size}, {record.model.precision}, {record.model.input_layout}")
+    print(
+        f"  built in {record.build_s:.0f} s by TensorRT {record.tensorrt_version} for {record.device} (compute "
+        f"capability {record.compute_capability}), batches of {' and '.join(map(str, record.profiles))}"
+    )
+    _print_gates(done.parity, done.accuracy, faces_name)
+    return 0
+
+
+def _graph_for_engine(args: argparse.Namespace) -> tuple[Any, Any, "NDArray[np.uint8] | None"]:
+    """(graph, what the engine is compared with, calibration faces)."""
+    from export.onnx_file import read_onnx
+    from export.to_onnx import make_onnx, open_for_gates
+
+    if args.checkpoint.suffix == ".onnx":
+        proto, metadata = read_onnx(args.checkpoint)
+        if args.precision not in (None, metadata.precision):
+            raise ConfigError(
+                f"--precision {args.precision}: {args.checkpoint} is {metadata.precision}, and an engine keeps the "
+                "precision of its ONNX file. Leave the option out, or name the checkpoint."
+            )
+        return proto, open_for_gates(args.checkpoint, metadata.precision), None
+    from aroface.inference import TorchEmbedder, load_model
+
+    model = load_model(args.checkpoint)
+    settings = _onnx_settings(args)
+    calibration = _calibration(args, model.contract.image_size) if settings.precision == "int8" else None
+    return make_onnx(model, settings, calibration), TorchEmbedder(model), calibration
+
+
+def _onnx_settings(args: argparse.Namespace) -> "OnnxSettings":
+    from export.to_onnx import OPSET_VERSION, OnnxSettings
+
+    return OnnxSettings(
+        input_layout=args.input_layout,
+        flip_fusion=args.flip_fusion,
+        precision=args.precision or "fp32",
+        quantisation=args.int8_for or ("tensorrt" if args.to == "tensorrt" else "cpu"),
+        opset_version=args.opset or OPSET_VERSION,
+    )
+
+
+def _faces(args: argparse.Namespace, size: int) -> "tuple[NDArray[np.uint8], str]":
+    from export.parity import sample_faces, synthetic_faces
+    from shards.faces import open_face_set
+
+    if args.faces is None:
+        return synthetic_faces(size), "synthetic images"
+    return sample_faces(open_face_set(args.faces), size), str(args.faces)
+
+
+def _calibration(args: argparse.Namespace, size: int) -> "NDArray[np.uint8]":
+    import numpy as np
+
+    from export.parity import distinct_faces
+    from shards.faces import open_face_set
+
+    path = args.calibration or args.faces
+    if path is None:
+        raise ConfigError(
+            "--precision int8 takes the range of every activation from faces; name some with --calibration, such as "
+            "the shards of the training."
         )
-    if args.precision != "fp32":
-        raise ExportError(
-            f"--precision {args.precision} does not exist for --to onnx; fp32 does. Use --precision fp32."
+    return np.stack(distinct_faces(open_face_set(path), size, count=args.calibration_faces))
+
+
+def _calibration_record(args: argparse.Namespace, faces: "NDArray[np.uint8] | None") -> dict[str, Any] | None:
+    return None if faces is None else {"set": str(args.calibration or args.faces), "faces": len(faces)}
+
+
+def _check_gate_options(args: argparse.Namespace) -> None:
+    for name in ("far", "fpir"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ConfigError(
+                f"--{name} {getattr(args, name):g} is not a rate; write a number in (0, 1], such as 0.01."
+            )
+    for name in ("max_rank1_drop", "max_tar_drop", "max_tpir_drop"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {getattr(args, name):g} is not a difference of rates; write a number in "
+                "[0, 1], such as 0.01 for one percentage point."
+            )
+
+
+def _gate(args: argparse.Namespace) -> "AccuracyGate | None":
+    if args.accuracy_set is None:
+        return None
+    from export.accuracy import AccuracyGate, AccuracyLimits
+    from launch.export_accuracy import rates_on
+    from shards.faces import open_face_set
+
+    faces = open_face_set(args.accuracy_set)
+    limits = AccuracyLimits(args.max_rank1_drop, args.max_tar_drop, args.max_tpir_drop)
+    return AccuracyGate(rates_on(faces, far=args.far, fpir=args.fpir), str(args.accuracy_set), limits)
+
+
+def _print_gates(parity: "ParityReport", accuracy: "AccuracyReport | None", faces_name: str) -> None:
+    batches = ", ".join(map(str, parity.batch_sizes))
+    print(f"  parity on {parity.num_faces} faces ({faces_name}), batches of {batches}:")
+    print(f"  smallest cosine   {parity.min_cosine:.7f}   (gate: {parity.cosine_limit})")
+    print(f"  largest difference  {parity.max_abs_difference:.1e}")
+    if accuracy is None:
+        return
+    print(f"  accuracy on {accuracy.set_name}:")
+    for entry in accuracy.changes:
+        before, after = 100 * entry.checkpoint, 100 * entry.exported
+        print(
+            f"  {entry.name:<18} {before:6.2f} % -> {after:6.2f} %   ({100 * entry.change:+.2f}, may fall by "
+            f"{100 * entry.allowed_fall:g})"
+            + ("" if entry.can_tell else "   too low to tell: take an easier set or a higher rate")
         )
-    if args.out.is_dir():
-        raise ExportError(f"--out {args.out} is a directory; name a file in it, such as {args.out / 'model.onnx'}.")

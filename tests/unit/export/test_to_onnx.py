@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from aroface.inference import TorchEmbedder, TrainedModel
 from export.metadata import ModelMetadata
 from export.parity import synthetic_faces
 from export.runtime import OnnxEmbedder
-from export.to_onnx import OnnxSettings, build_onnx, export_onnx
+from export.to_onnx import OPSET_VERSION, OnnxSettings, build_onnx, export_onnx, make_onnx
 from tests.helpers.checkpoints import IMAGE_SIZE, tiny_model
 
 FACES = synthetic_faces(IMAGE_SIZE)
@@ -29,7 +30,8 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `export_onnx` reuse the graphs of this file."""
 
     def build(model: TrainedModel, settings: OnnxSettings) -> onnx.ModelProto:
-        return onnx.load_from_string(_built(model.contract.colour_order, settings))
+        plain = replace(settings, precision="fp32", quantisation="cpu")
+        return onnx.load_from_string(_built(model.contract.colour_order, plain))
 
     monkeypatch.setattr(export.to_onnx, "build_onnx", build)
 
@@ -46,9 +48,10 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_file_equals_the_checkpoint(tmp_path: Path, traced_once: None, order: str, settings: OnnxSettings) -> None:
     path = tmp_path / "model.onnx"
     model = tiny_model(order)
-    report = export_onnx(model, path, FACES, settings)
-    assert report.batch_sizes == (1, 3, 8)
-    assert report.min_cosine > 0.99999
+    done = export_onnx(model, path, FACES, settings)
+    assert done.parity.batch_sizes == (1, 3, 8, 64)
+    assert done.parity.min_cosine > 0.99999
+    assert done.accuracy is None
 
     reference, exported = TorchEmbedder(model), OnnxEmbedder(path, threads=1)
     assert exported.contract == model.contract
@@ -64,6 +67,22 @@ def test_the_file_equals_the_checkpoint(tmp_path: Path, traced_once: None, order
 def test_the_same_model_gives_the_same_bytes() -> None:
     again = build_onnx(tiny_model("rgb"), OnnxSettings()).SerializeToString(deterministic=True)
     assert again == _built("rgb", OnnxSettings())
+
+
+def test_no_batch_norm_is_left_and_every_weight_is_constant() -> None:
+    proto = onnx.load_from_string(_built("rgb", OnnxSettings()))
+    operators = {node.op_type for node in proto.graph.node}
+    assert "BatchNormalization" not in operators
+    assert not operators & {"Constant", "Identity", "Dropout", "Shape"}
+    assert proto.opset_import[0].version == OPSET_VERSION
+
+
+@pytest.mark.parametrize("opset", [19, 26])
+def test_opsets_that_cannot_be_had_are_refused(opset: int) -> None:
+    with pytest.raises(ExportError, match="20 to 25 can"):
+        make_onnx(tiny_model(), OnnxSettings(opset_version=opset))
+    with pytest.raises(ExportError, match="22 to 25 can"):
+        make_onnx(tiny_model(), OnnxSettings(opset_version=21, precision="bf16"))
 
 
 def test_the_file_is_self_contained_and_names_no_path_of_this_machine() -> None:

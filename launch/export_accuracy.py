@@ -1,0 +1,104 @@
+"""The rates that the accuracy gate of an export compares, measured on a set of faces."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aroface.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from aroface.types import Embedder, FaceSet
+    from retrieval.embeddings import EmbeddingSet
+
+__all__ = ["measure_rates", "rates_on"]
+
+_IMPOSTOR_PAIRS = 100_000
+
+
+def rates_on(faces: "FaceSet", *, far: float, fpir: float) -> "Callable[[Embedder], Mapping[str, float]]":
+    """A function from an embedder to its rates on `faces`: see `measure_rates`."""
+    from launch.progress import Progress
+    from retrieval.extraction import embed_face_set
+
+    def measure(embedder: "Embedder") -> Mapping[str, float]:
+        with Progress(f"Accuracy, {embedder.model_id}", total=len(faces.keys), unit="images") as progress:
+            extraction = embed_face_set(embedder, faces, on_progress=progress.update)
+        return measure_rates(extraction.embeddings, far=far, fpir=fpir)
+
+    return measure
+
+
+def measure_rates(embeddings: "EmbeddingSet", *, far: float, fpir: float) -> dict[str, float]:
+    """Rank-1, TAR@FAR and TPIR@FPIR of one set, in [0, 1].
+
+    Rank-1: the first image of every identity is the gallery, the others search it. TPIR: every second identity is taken
+    out of the gallery, and its images search as strangers. TAR: every image with the first of its identity, against
+    100,000 drawn pairs of two identities. All draws depend on the set alone, so two models see the same trials.
+
+    Args:
+        embeddings: in the order of the set, with keys.
+        far: wanted false-accept rate.
+        fpir: wanted false-positive identification rate.
+
+    Raises:
+        DataError: nobody has two images, or there is one identity only.
+        ConfigError: the set is too small for a wanted rate.
+    """
+    from retrieval.metrics import evaluate_identification, evaluate_pairs, pair_scores
+
+    person, first_rows, others = _split(embeddings)
+    enrolled = person[first_rows] % 2 == 0
+    every = evaluate_identification(
+        [embeddings.take(first_rows)], embeddings.take(others), ranks=(1,), fpirs=(), candidates=1
+    )
+    half = evaluate_identification(
+        [embeddings.take(first_rows[enrolled])], embeddings.take(others), ranks=(1,), fpirs=(fpir,), candidates=1
+    )
+    left, right = _impostors(person)
+    first = np.concatenate([first_rows[person[others]], left])
+    second = np.concatenate([others, right])
+    same = np.arange(len(first)) < len(others)
+    pairs = evaluate_pairs(pair_scores(embeddings, first, second), same, fars=(far,))
+    return {
+        "rank_1": _existing(every.ranks[0][1], "Rank-1", None),
+        f"tar@far={far:g}": _existing(pairs.points[0].tar, f"--far {far:g}", pairs.points[0].reason),
+        f"tpir@fpir={fpir:g}": _existing(half.open_set[0].tpir, f"--fpir {fpir:g}", half.open_set[0].reason),
+    }
+
+
+def _split(embeddings: "EmbeddingSet") -> "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]":
+    """(person of each row, first row of each person by key, all other rows)."""
+    keys = np.arange(len(embeddings)) if embeddings.keys is None else embeddings.keys
+    order = np.lexsort((keys, embeddings.subject_ids))
+    names, starts, person_in_order = np.unique(embeddings.subject_ids[order], return_index=True, return_inverse=True)
+    person = np.empty(len(order), np.int64)
+    person[order] = person_in_order
+    first_rows = order[starts]
+    others = np.setdiff1d(np.arange(len(order)), first_rows)
+    if len(names) < 2 or len(others) == 0:
+        raise DataError(
+            f"The accuracy set has {len(names)} identities and {len(others)} images beside their first; it takes two "
+            "identities at least, and several images of each. Name another with --accuracy-set."
+        )
+    return person, first_rows, others
+
+
+def _impostors(person: "NDArray[np.int64]") -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
+    generator = np.random.default_rng(0)
+    left, right = generator.integers(0, len(person), (2, _IMPOSTOR_PAIRS))
+    different = person[left] != person[right]
+    return left[different], right[different]
+
+
+def _existing(value: float | None, name: str, reason: str | None) -> float:
+    if value is None:
+        raise ConfigError(
+            f"{name} does not exist on the accuracy set ({reason or 'nobody was searched'}); name a larger set, or a "
+            "higher rate."
+        )
+    return value
