@@ -1,10 +1,35 @@
-"""Galleries: enrolled embeddings in one directory, searched by cosine.
+"""Galleries: enrolled embeddings, searched by cosine.
 
-`Gallery` is the interface; `store` keeps the files whole, `index` builds the Faiss index, `search` orders candidates.
+`FaceGallery` is the interface; `Gallery` keeps its embeddings in one directory of this machine and searches them with
+Faiss, `MilvusGallery` in a collection of Milvus.
 """
 
 from retrieval.gallery.gallery import Gallery
-from retrieval.gallery.search import Candidate, Level
-from retrieval.gallery.store import IndexKind, Manifest
+from retrieval.gallery.index import IndexWish
+from retrieval.gallery.interface import FaceGallery
+from retrieval.gallery.records import (
+    INDEX_KINDS,
+    Calibration,
+    Candidate,
+    Fusion,
+    GalleryInfo,
+    IndexKind,
+    Level,
+    Recall,
+)
+from retrieval.gallery.store import Manifest
 
-__all__ = ["Candidate", "Gallery", "IndexKind", "Level", "Manifest"]
+__all__ = [
+    "INDEX_KINDS",
+    "Calibration",
+    "Candidate",
+    "FaceGallery",
+    "Fusion",
+    "Gallery",
+    "GalleryInfo",
+    "IndexKind",
+    "IndexWish",
+    "Level",
+    "Manifest",
+    "Recall",
+]

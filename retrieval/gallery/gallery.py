@@ -1,8 +1,9 @@
-"""`Gallery`: enrol, remove, search. One object is one whole state of the directory, read when it was opened."""
+"""`Gallery`: a gallery in one directory. One object is one whole state of it, read when it was opened."""
 
-from collections.abc import Collection, Iterator, Sequence
+import logging
+import uuid
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,44 +11,49 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aroface.contract import InputContract
-from aroface.errors import DataError, ShapeError
-from retrieval.gallery.index import build_index
-from retrieval.gallery.search import Candidate, Level, as_candidates, search_index
+from aroface.errors import DataError
+from retrieval.embeddings import EmbeddingSet
+from retrieval.gallery.enrolment import Part, batch_of, batches_of, check_part, opened, part_of, replaced
+from retrieval.gallery.index import IndexWish, build_index, factory_of, open_index
+from retrieval.gallery.interface import FaceGallery
+from retrieval.gallery.records import Calibration, GalleryInfo, IndexKind, Level
+from retrieval.gallery.search import Source
+from retrieval.gallery.segments import Batch, Entries, Rows, Segment, next_segments, read_state, write_segments
+from retrieval.gallery.sources import FlatSource, IndexedSource, PooledSource, TrackedIndex
 from retrieval.gallery.store import (
-    Entries,
-    IndexKind,
     Manifest,
-    check_new,
-    commit,
-    concatenated,
-    is_gallery,
-    read_state,
+    new_manifest,
+    read_manifest,
+    remove_unreferenced,
+    replace_manifest,
     write_lock,
 )
+from retrieval.gallery.vectors import check_embeddings, check_ids, listed
 
 __all__ = ["Gallery"]
 
-_BLOCK_ROWS = 1 << 12
-_NAMED_ROWS = 5
+_TAIL_SHARE = 0.1  # of entries outside the index, above which a compaction is worth it
+
+logger = logging.getLogger(__name__)
 
 
-class Gallery:
-    """Enrolled embeddings in a directory, compared by cosine.
+class Gallery(FaceGallery):
+    """Enrolled embeddings in a directory.
 
     Every change replaces the whole state at once: another process, or this one after a crash, sees the old gallery or
-    the new one. Changes are streamed from file to file, so that their memory does not grow with the gallery. An opened
-    gallery does not follow later changes of other processes; open it again to see them.
+    the new one. A change costs what it changes, not the size of the gallery. An opened gallery does not follow later
+    changes of other processes; open it again to see them.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, embeddings: NDArray[np.float32], entries: Entries) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, segments: Sequence[Segment]) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.embeddings = embeddings  #: (N, D) float32 unit vectors, memory-mapped
-        self.entries = entries
+        self._segments = tuple(segments)
+        self._index: TrackedIndex | None = None
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = True) -> Self:
-        """Open a gallery for reading.
+        """Open a gallery for reading; its vectors stay on disk and are read through the memory map.
 
         Args:
             directory: of the gallery.
@@ -56,7 +62,27 @@ class Gallery:
         Raises:
             DataError: no gallery there, or a damaged one.
         """
-        return cls(directory, *read_state(directory, verify=verify))
+        return cls._ready(directory, (), verify=verify)
+
+    @classmethod
+    def _ready(
+        cls, directory: Path, opened: Sequence[Segment], *, verify: bool, before: "Gallery | None" = None
+    ) -> Self:
+        """The present state with its index open; started over when a writer replaces it meanwhile."""
+        while True:
+            manifest, segments = read_state(directory, verify=verify, opened=opened)
+            state = cls(directory, manifest, segments)
+            if manifest.index_record is None:
+                return state
+            if before is not None and before.manifest.index_record == manifest.index_record:
+                state._index = before._index
+                return state
+            try:
+                state._index = open_index(directory, manifest)
+                return state
+            except FileNotFoundError:
+                if read_manifest(directory).generation == manifest.generation:
+                    raise
 
     @classmethod
     def build(
@@ -66,7 +92,7 @@ class Gallery:
         subject_ids: ArrayLike,
         entry_ids: ArrayLike | None = None,
         *,
-        index: IndexKind = "flat",
+        index: IndexKind | IndexWish = "flat",
         model_id: str | None = None,
         contract: InputContract | None = None,
         replace: bool = False,
@@ -86,31 +112,65 @@ class Gallery:
         Raises:
             DataError: nothing to enrol, a vector without direction, ids that repeat, or a directory in use.
         """
-        _check_embeddings(embeddings, None)
-        if len(embeddings) == 0:
+        check_embeddings(embeddings, None)
+        part = Part(embeddings, subject_ids, entry_ids)
+        if len(embeddings):
+            check_part(part, ())
+        return cls._build(directory, [part], index, model_id, contract, replace)
+
+    @classmethod
+    def build_from(
+        cls,
+        directory: Path,
+        sets: Iterable[EmbeddingSet],
+        *,
+        index: IndexKind | IndexWish = "flat",
+        model_id: str | None = None,
+        contract: InputContract | None = None,
+        replace: bool = False,
+    ) -> Self:
+        """Make a gallery of embedding sets that come one after the other; only one of them is in memory at a time.
+
+        Rows that failed to enrol are left out; keys become entry ids. Other arguments and errors as `build`.
+        """
+        parts = (part_of(one.take(one.enrolled)) for one in sets if one.enrolled.any())
+        return cls._build(directory, parts, index, model_id, contract, replace)
+
+    @classmethod
+    def _build(
+        cls,
+        directory: Path,
+        parts: Iterable[Part],
+        index: IndexKind | IndexWish,
+        model_id: str | None,
+        contract: InputContract | None,
+        replace: bool,
+    ) -> Self:
+        stream = iter(parts)
+        first = next(stream, None)
+        if first is None or not len(first.embeddings):
             raise DataError(f"Gallery {directory}: there is no embedding to enrol; give at least one.")
+        wish = index if isinstance(index, IndexWish) else IndexWish(index)
         directory.mkdir(parents=True, exist_ok=True)
         with write_lock(directory):
-            generation = 1
-            if is_gallery(directory):
-                if not replace:
-                    raise DataError(
-                        f"Gallery {directory} exists already. Add to it, name another one, or replace it (--replace)."
-                    )
-                generation = read_state(directory, verify=False)[0].generation + 1
-            else:
-                check_new(directory)
-            entries = _entries(embeddings, subject_ids, entry_ids, taken=())
-            commit(
-                directory,
-                _unit_blocks(embeddings),
-                entries,
-                generation=generation,
-                dimension=embeddings.shape[1],
-                index=index,
+            old = replaced(directory, replace)
+            empty = new_manifest(
+                uuid.uuid4().hex,
+                generation=old.generation + 1 if old else 1,
+                dimension=first.embeddings.shape[1],
+                index=wish.kind,
                 model_id=model_id,
                 contract=contract,
             )
+            try:
+                batches = batches_of(first, stream, empty.dimension)
+                segments = tuple(write_segments(directory, empty.generation, 0, batches))
+                built = cls(directory, *opened(directory, empty.model_copy(update={"segments": segments})))
+                manifest = built._indexed(built._counted(), wish)
+            except BaseException:
+                remove_unreferenced(directory, old)
+                raise
+            replace_manifest(directory, manifest)
         return cls.open(directory, verify=False)
 
     def add(
@@ -119,196 +179,233 @@ class Gallery:
         subject_ids: ArrayLike,
         entry_ids: ArrayLike | None = None,
         *,
+        upsert: bool = False,
         model_id: str | None = None,
         contract: InputContract | None = None,
     ) -> Self:
-        """Enrol (M, D) more embeddings; returns the new state.
-
-        Raises:
-            DataError: as `build`; an entry id that is taken; embeddings of another model or dimension.
-        """
+        """See `FaceGallery.add`. With an approximate index, new entries are compared one by one until `compact`."""
         with write_lock(self.directory):
-            old = type(self).open(self.directory)
+            old = self.latest()
             old.check_model(model_id, contract)
-            _check_embeddings(embeddings, old.manifest.dimension)
-            new = _entries(embeddings, subject_ids, entry_ids, taken=set(old.entries.entry_ids.tolist()))
-            blocks = chain(_copied_blocks(old.embeddings, None), _unit_blocks(embeddings))
-            old._commit_next(blocks, concatenated([old.entries, new]), model_id, contract)
-        return type(self).open(self.directory, verify=False)
+            check_embeddings(embeddings, old.manifest.dimension)
+            part = Part(embeddings, subject_ids, old._free_names(len(embeddings)) if entry_ids is None else entry_ids)
+            names = np.asarray(part.entry_ids).astype(np.str_)
+            enrolled = np.isin(old.entries.entry_ids, names)
+            taken = () if upsert else old.entries.entry_ids[enrolled].tolist()
+            subjects, names = check_part(part, taken)
+            if not len(names):
+                return old
+            new = batch_of(embeddings, subjects, names, old.manifest.next_number)
+            return old._changed(
+                drop=enrolled if upsert and enrolled.any() else None,
+                new=new,
+                model_id=old.manifest.model_id or model_id,
+                contract=old.manifest.contract or contract,
+            )
 
     def remove(self, *, entry_ids: Collection[str] = (), subject_ids: Collection[str] = ()) -> Self:
-        """Remove entries by their id, and all entries of subjects; returns the new state.
-
-        Raises:
-            DataError: an id that is not enrolled; nothing is removed then.
-        """
+        """See `FaceGallery.remove`. The embeddings leave the disk at once; codes in an index, with `compact`."""
         with write_lock(self.directory):
-            old = type(self).open(self.directory)
+            old = self.latest()
             drop = np.zeros(len(old), bool)
             for what, ids, enrolled in (
                 ("entry", entry_ids, old.entries.entry_ids),
                 ("subject", subject_ids, old.entries.subject_ids),
             ):
-                wanted = {str(value) for value in ids}
-                missing = sorted(wanted - set(enrolled.tolist()))
+                wanted = sorted({str(value) for value in ids})
+                if not wanted:
+                    continue
+                found = np.isin(enrolled, wanted)
+                missing = sorted(set(wanted) - set(enrolled[found].tolist()))
                 if missing:
                     raise DataError(
-                        f"Gallery {self.directory} has no {what} {_listed(missing)}; `aroface gallery info` lists them."
+                        f"Gallery {self.directory} has no {what} {listed(missing)}; `aroface gallery info` lists them."
                     )
-                if wanted:
-                    drop |= np.isin(enrolled, list(wanted))
-            keep = np.flatnonzero(~drop)
-            entries = Entries(old.entries.entry_ids[keep], old.entries.subject_ids[keep], old.entries.norms[keep])
-            old._commit_next(_copied_blocks(old.embeddings, keep), entries, None, None)
-        return type(self).open(self.directory, verify=False)
+                drop |= found
+            return old._changed(drop=drop) if drop.any() else old
 
-    def search(
-        self,
-        probes: NDArray[np.floating[Any]],
-        *,
-        top: int,
-        level: Level = "entry",
-        model_id: str | None = None,
-        contract: InputContract | None = None,
-    ) -> list[list[Candidate]]:
-        """The `top` best candidates of each probe, best first.
-
-        Equal scores are ordered by enrolment. The order is for display: `retrieval.metrics` counts a tie against the
-        mate (pessimistic rank), whatever the list says.
+    def compact(self, index: IndexKind | IndexWish | None = None) -> Self:
+        """Put small segments together and make the index anew, with everything enrolled and nothing else in it.
 
         Args:
-            probes: (P, D) of any length, or one (D,).
-            top: length of each list; shorter where the gallery holds fewer.
-            level: `entry`, or `subject` for the best score of each subject.
-            model_id: model of the probes; another one than that of the gallery is refused.
-            contract: its input contract.
-
-        Raises:
-            DataError: an empty gallery, a probe without direction, another dimension or model.
+            index: another way to search; default: as before.
         """
-        self.check_model(model_id, contract)
-        if len(self) == 0:
-            raise DataError(f"Gallery {self.directory} is empty; enrol someone with `aroface gallery add`.")
-        if top < 1:
-            raise DataError(f"top = {top}; a candidate list has at least 1 entry.")
-        rows = np.atleast_2d(np.asarray(probes))
-        _check_embeddings(rows, self.manifest.dimension)
-        unit = np.concatenate([np.zeros((0, self.manifest.dimension), np.float32), *_unit_blocks(rows)])
-        subjects = self._subject_rows if level == "subject" else None
-        found = search_index(self._index, self.embeddings, unit, top, subjects)
-        return [as_candidates(rows, scores, self._name) for rows, scores in found]
+        with write_lock(self.directory):
+            old = self.latest()
+            wish = index if isinstance(index, IndexWish) else IndexWish(index or old.manifest.index)
+            if len(old) and wish.kind != "flat":
+                factory_of(wish.kind, len(old), old.manifest.dimension)
+            return old._changed(merge_all=True, wish=wish)
 
-    def check_model(self, model_id: str | None, contract: InputContract | None) -> None:
-        """Refuse embeddings that are known to come from another model than those enrolled.
+    def latest(self) -> Self:
+        """The present state of the directory; what is open already is not read again."""
+        return self._ready(self.directory, self._segments, verify=False, before=self)
 
-        Raises:
-            DataError: both sides are known and differ.
-        """
-        enrolled = self.manifest
-        for what, theirs, ours in (
-            ("model", model_id, enrolled.model_id),
-            ("input contract", contract, enrolled.contract),
-        ):
-            if theirs is not None and ours is not None and theirs != ours:
-                raise DataError(
-                    f"Gallery {self.directory} holds embeddings of {what} {ours}; these are of {theirs}. Scores "
-                    "between models mean nothing: embed both with the same one."
-                )
+    def close(self) -> None:
+        """Nothing to do: the memory maps go with the object."""
+
+    @property
+    def info(self) -> GalleryInfo:
+        """What the gallery holds."""
+        manifest = self.manifest
+        return GalleryInfo(
+            name=str(self.directory),
+            backend="faiss",
+            count=manifest.count,
+            num_subjects=manifest.num_subjects,
+            dimension=manifest.dimension,
+            index=manifest.index,
+            model_id=manifest.model_id,
+            contract=manifest.contract,
+            recall=manifest.index_record.recall if manifest.index_record else None,
+            calibration=manifest.calibration,
+        )
 
     def __len__(self) -> int:
         """Enrolled entries."""
         return self.manifest.count
 
     @cached_property
-    def _index(self) -> Any:
-        return build_index(self.manifest.index, self.embeddings)
+    def entries(self) -> Entries:
+        """Who is enrolled, in the order of enrolment."""
+        return Entries.concatenated([segment.entries for segment in self._segments])
+
+    @property
+    def embeddings(self) -> NDArray[np.float32]:
+        """(N, D) unit vectors: memory-mapped where they lie in one segment, otherwise a copy of all."""
+        return self._rows.whole
+
+    @property
+    def outside_index(self) -> tuple[int, int]:
+        """Entries that are not in the index, and entries that have been removed and still have a code in it."""
+        record = self.manifest.index_record
+        if record is None:
+            return 0, 0
+        inside = int(np.searchsorted(self.entries.numbers, record.until))
+        return len(self) - inside, record.rows - inside
+
+    def has_subjects(self, subject_ids: ArrayLike) -> NDArray[np.bool_]:
+        """(n,) whether each subject is enrolled."""
+        return np.isin(np.asarray(subject_ids).astype(np.str_), self.entries.subject_ids)
 
     @cached_property
-    def _subject_rows(self) -> NDArray[np.int64]:
-        return np.unique(self.entries.subject_ids, return_inverse=True)[1].astype(np.int64)
+    def _rows(self) -> Rows:
+        return Rows([segment.embeddings for segment in self._segments], self.manifest.dimension)
 
-    def _name(self, row: int) -> tuple[str, str]:
-        return str(self.entries.entry_ids[row]), str(self.entries.subject_ids[row])
+    def _source(self, level: Level) -> Source:
+        if level == "pooled":
+            return self._pooled
+        return self._searched
 
-    def _commit_next(
+    @cached_property
+    def _pooled(self) -> PooledSource:
+        return PooledSource(self._rows, self.entries)
+
+    @cached_property
+    def _searched(self) -> Source:
+        record = self.manifest.index_record
+        if record is None or self._index is None:
+            return FlatSource(self._rows, self.entries)
+        return IndexedSource(self._rows, self.entries, self._index, record.until)
+
+    def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
+        with write_lock(self.directory):
+            old = self.latest()
+            manifest = old.manifest.model_copy(
+                update={"generation": old.manifest.generation + 1, "calibration": points}
+            )
+            replace_manifest(self.directory, manifest)
+            return old.latest()
+
+    def _free_names(self, count: int) -> list[str]:
+        start = self.manifest.next_number
+        names = [str(number) for number in range(start, start + count)]
+        if np.isin(self.entries.entry_ids, names).any():
+            start = max((int(name) + 1 for name in self.entries.entry_ids.tolist() if name.isdecimal()), default=0)
+            names = [str(number) for number in range(start, start + count)]
+        return names
+
+    def _changed(
         self,
-        blocks: Iterator[NDArray[np.float32]],
-        entries: Entries,
-        model_id: str | None,
-        contract: InputContract | None,
-    ) -> None:
-        commit(
+        *,
+        drop: NDArray[np.bool_] | None = None,
+        new: Batch | None = None,
+        merge_all: bool = False,
+        wish: IndexWish | None = None,
+        **updates: Any,
+    ) -> Self:
+        """Commit a change; the caller holds the lock."""
+        manifest = self.manifest
+        generation = manifest.generation + 1
+        try:
+            segments = next_segments(
+                self.directory, generation, self._segments, drop=drop, new=new, merge_all=merge_all
+            )
+            count = manifest.count - (0 if drop is None else int(drop.sum())) + (len(new.entries) if new else 0)
+            manifest = manifest.model_copy(
+                update={
+                    "generation": generation,
+                    "segments": segments,
+                    "count": count,
+                    "num_subjects": manifest.num_subjects + self._more_subjects(drop, new),
+                    "next_number": manifest.next_number + (len(new.entries) if new else 0),
+                    **updates,
+                }
+            )
+            if wish is not None:
+                state = opened(self.directory, manifest.model_copy(update={"index_record": None}), self._segments)
+                manifest = type(self)(self.directory, *state)._indexed(state[0], wish)
+        except BaseException:
+            remove_unreferenced(self.directory, self.manifest)
+            raise
+        replace_manifest(self.directory, manifest)
+        changed = self.latest()
+        changed._hint()
+        return changed
+
+    def _indexed(self, manifest: Manifest, wish: IndexWish) -> Manifest:
+        """The manifest with a new index over all entries, if the kind needs one."""
+        if wish.kind == "flat" or not len(self.entries):
+            return manifest.model_copy(update={"index": wish.kind, "index_record": None})
+        record = build_index(
             self.directory,
-            blocks,
-            entries,
-            generation=self.manifest.generation + 1,
-            dimension=self.manifest.dimension,
-            index=self.manifest.index,
-            model_id=self.manifest.model_id or model_id,
-            contract=self.manifest.contract or contract,
+            manifest.generation,
+            manifest.gallery_id,
+            self._rows,
+            self.entries,
+            manifest.next_number,
+            wish,
+        )
+        return manifest.model_copy(update={"index": wish.kind, "index_record": record})
+
+    def _counted(self) -> Manifest:
+        """The manifest with the counts of freshly written segments, whose entry ids are compared with one another."""
+        entries = self.entries
+        check_ids(entries.subject_ids, entries.entry_ids, len(entries), ())
+        return self.manifest.model_copy(
+            update={
+                "count": len(entries),
+                "num_subjects": len(np.unique(entries.subject_ids)),
+                "next_number": len(entries),
+            }
         )
 
+    def _more_subjects(self, drop: NDArray[np.bool_] | None, new: Batch | None) -> int:
+        """How many subjects a change brings, less those it takes away."""
+        subjects = self.entries.subject_ids
+        added = new.entries.subject_ids if new else subjects[:0]
+        left = subjects if drop is None else subjects[~drop]
+        gone = subjects[:0] if drop is None else subjects[drop]
+        affected = np.unique(np.concatenate([added, gone]))
+        before = np.unique(subjects[np.isin(subjects, affected)])
+        after = np.union1d(left[np.isin(left, affected)], added)
+        return len(after) - len(before)
 
-def _check_embeddings(embeddings: NDArray[Any], dimension: int | None) -> None:
-    if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
-        raise ShapeError(f"Embeddings are {embeddings.dtype} {embeddings.shape}; float (N, D) is needed.")
-    if dimension is not None and embeddings.shape[1] != dimension:
-        raise DataError(
-            f"The embeddings have {embeddings.shape[1]} dimensions, the gallery has {dimension}; embed with its model."
-        )
-    bad: list[int] = []
-    for start in range(0, len(embeddings), _BLOCK_ROWS):
-        norms = np.linalg.norm(embeddings[start : start + _BLOCK_ROWS].astype(np.float64), axis=1)
-        bad.extend(start + np.flatnonzero(~(np.isfinite(norms) & (norms > 0))))
-    if bad:
-        raise DataError(
-            f"Rows {_listed(bad)} of the embeddings have no direction (zero, NaN or infinite). Leave them out: a face "
-            "that failed to enrol has no embedding."
-        )
-
-
-def _entries(
-    embeddings: NDArray[Any], subject_ids: ArrayLike, entry_ids: ArrayLike | None, *, taken: Collection[str]
-) -> Entries:
-    count = len(embeddings)
-    subjects = np.asarray(subject_ids).astype(np.str_)
-    names = np.asarray(_free_numbers(count, taken) if entry_ids is None else entry_ids).astype(np.str_)
-    for what, values in (("subject ids", subjects), ("entry ids", names)):
-        if values.shape != (count,):
-            raise ShapeError(f"{values.shape} {what} for {count} embeddings; one for each is needed.")
-    unique, counts = np.unique(names, return_counts=True)
-    repeated = sorted({*unique[counts > 1].tolist(), *(set(unique.tolist()) & set(taken))})
-    if repeated:
-        raise DataError(
-            f"Entry ids {_listed(repeated)} occur more than once; an entry id names one entry. Remove the enrolled one "
-            "first, or give the new one another id."
-        )
-    norms = [np.linalg.norm(block, axis=1) for block in _float64_blocks(embeddings)]
-    return Entries(names, subjects, np.concatenate([np.zeros(0), *norms]).astype(np.float32))
-
-
-def _free_numbers(count: int, taken: Collection[str]) -> list[str]:
-    start = max((int(name) + 1 for name in taken if name.isdecimal()), default=0)
-    return [str(number) for number in range(start, start + count)]
-
-
-def _float64_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
-    for start in range(0, len(embeddings), _BLOCK_ROWS):
-        yield embeddings[start : start + _BLOCK_ROWS].astype(np.float64)
-
-
-def _unit_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
-    for block in _float64_blocks(embeddings):
-        yield (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float32)
-
-
-def _copied_blocks(embeddings: NDArray[np.float32], keep: NDArray[np.int64] | None) -> Iterator[NDArray[np.float32]]:
-    count = len(embeddings) if keep is None else len(keep)
-    for start in range(0, count, _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        yield embeddings[part] if keep is None else embeddings[keep[part]]
-
-
-def _listed(values: Sequence[object]) -> str:
-    named = ", ".join(map(str, values[:_NAMED_ROWS]))
-    return named if len(values) <= _NAMED_ROWS else f"{named} and {len(values) - _NAMED_ROWS} more"
+    def _hint(self) -> None:
+        outside, removed = self.outside_index
+        if outside + removed > _TAIL_SHARE * len(self):
+            logger.info(
+                "%s: %d entries are not in the index and %d removed ones still are; `aroface gallery compact` makes it "
+                "anew.",
+                *(self.directory, outside, removed),
+            )

@@ -1,25 +1,250 @@
-"""From enrolled embeddings to a Faiss index, by kind."""
+"""Faiss indexes by kind: made from the vectors block by block, measured against exact search, opened memory-mapped.
 
+    kind                      form of a vector          visits
+    flat                      float32 (on disk)         all, exact; no index file
+    fp16, sq8, pq             2, 1, 1/8 byte a value    all
+    ivf, ivf-fp16, -sq8, -pq  4, 2, 1, 1/8 byte         the nearest of about 2 sqrt(N) clusters
+    hnsw, hnsw-fp16, -sq8     4, 2, 1 byte + 256 bytes  a graph of 32 neighbours
+
+`pq` is a 4-bit product quantiser of four values each, scanned in registers (Andre et al., Quick ADC, and Faiss's
+"fast scan"). Scalar quantisers hold less memory and are slower than `flat` on a CPU; `ivf-pq` is the fast one.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.gallery.store import IndexKind
+from aroface.errors import DataError
+from aroface.files import atomic_path
+from retrieval.gallery.records import IndexKind, Recall
+from retrieval.gallery.search import Request, search_source
+from retrieval.gallery.segments import Entries, Rows
+from retrieval.gallery.sources import FlatSource, IndexedSource, TrackedIndex
+from retrieval.gallery.store import FileRecord, IndexRecord, Manifest, check_file, record_of
 
-__all__ = ["build_index"]
+__all__ = ["IndexWish", "build_index", "factory_of", "open_index"]
+
+_TRAINED_LEAST = 1000
+_TRAINING_POINTS = 64  # for each cluster
+_ADD_ROWS = 1 << 14
+_HNSW_NEIGHBOURS = 32
+_HNSW_CONSTRUCTION = 100
+#: Efforts tried from the cheapest on, until the wanted recall is reached.
+_EFFORTS: dict[str, tuple[int, ...]] = {
+    "ivf": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512),
+    "hnsw": (16, 32, 64, 128, 256, 512),
+    "scan": (2, 4, 8, 16, 32, 64),
+}
+_RESCORED_PER_PLACE = 4
+_RESCORED_LEAST = 32
+_SAMPLE_COSINE = 0.4
+_OWNER_MARK = b"\naroface gallery index of "
+
+logger = logging.getLogger(__name__)
 
 
-def build_index(kind: IndexKind, embeddings: NDArray[np.float32]) -> Any:
-    """A Faiss index over (N, D) unit vectors; row i of `embeddings` is entry i of the index.
+@dataclass(frozen=True)
+class IndexWish:
+    """How an index should be made."""
 
-    The flat index is filled in one call: it reserves its N rows once, so that a memory-mapped array costs one copy
-    (growing it block by block would hold up to twice that while it moves).
+    kind: IndexKind = "flat"
+    recall: float = 0.98  #: recall@1 to reach; the cheapest search that does is kept, or the best there is
+    sample: int = 1000  #: searches to measure it with
+    probes: NDArray[np.floating[Any]] | None = None  #: (P, D) to measure with; None draws them near enrolled entries
+
+
+def factory_of(kind: IndexKind, count: int, dimension: int) -> str:
+    """What Faiss calls the index of `kind` for `count` vectors.
+
+    Raises:
+        DataError: `flat` aside, fewer vectors than a quantiser can learn from.
+    """
+    family, _, form = kind.partition("-")
+    if kind.startswith("hnsw"):
+        return f"HNSW{_HNSW_NEIGHBOURS}" + {"": ",Flat", "fp16": "_SQfp16", "sq8": "_SQ8"}[form]
+    if count < _TRAINED_LEAST and kind != "fp16":
+        raise DataError(
+            f"An index of kind {kind} learns from at least {_TRAINED_LEAST} entries, and there are {count}. Choose "
+            "flat, which is exact and fast at this size."
+        )
+    group = next(size for size in (4, 3, 2, 1) if dimension % size == 0)
+    forms = {"": "Flat", "fp16": "SQfp16", "sq8": "SQ8", "pq": f"PQ{dimension // group}x4fs"}
+    if family == "ivf":
+        return f"IVF{num_clusters(count)},{forms[form]}"
+    return forms[kind]
+
+
+def num_clusters(count: int) -> int:
+    """A power of two near 2 sqrt(count), with at least 39 vectors for each cluster."""
+    return int(2 ** min(round(math.log2(2 * math.sqrt(count))), math.floor(math.log2(count / 39))))
+
+
+def build_index(
+    directory: Path, generation: int, gallery_id: str, rows: Rows, entries: Entries, until: int, wish: IndexWish
+) -> IndexRecord:
+    """Train, fill, measure and write an index over all rows.
+
+    Args:
+        directory: of the gallery.
+        generation: that will name the files.
+        gallery_id: written behind the index, so that the file knows where it belongs.
+        rows: (N, D) unit vectors; read in blocks, never copied as a whole.
+        entries: of the rows.
+        until: the next number that will be given.
+        wish: which index.
     """
     import faiss
 
-    match kind:
-        case "flat":
-            index = faiss.IndexFlatIP(embeddings.shape[1])
-            index.add(embeddings)
-            return index
+    factory = factory_of(wish.kind, len(rows), rows.dimension)
+    index = faiss.index_factory(rows.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    _prepare(index, wish.kind)
+    if not index.is_trained:
+        index.train(_training_sample(rows, factory))
+    for block in rows.blocks(_ADD_ROWS):
+        index.add(np.ascontiguousarray(block))
+    effort, recall = _measured(index, wish, rows, entries, until)
+    path = directory / f"index-{generation:08d}.faiss"
+    with atomic_path(path) as temporary:
+        faiss.write_index(index, str(temporary))
+        with temporary.open("ab") as file:
+            file.write(_OWNER_MARK + gallery_id.encode())
+    indexed_path = directory / f"indexed-{generation:08d}.npy"
+    with atomic_path(indexed_path) as temporary, temporary.open("wb") as file:
+        np.save(file, entries.numbers, allow_pickle=False)
+    return IndexRecord(
+        file=record_of(path),
+        indexed=record_of(indexed_path),
+        rows=len(rows),
+        until=until,
+        factory=factory,
+        effort=effort,
+        recall=recall,
+    )
+
+
+def open_index(directory: Path, manifest: Manifest) -> TrackedIndex:
+    """Open the index of a state through the memory map.
+
+    Raises:
+        DataError: it cannot be read, or it belongs to another gallery.
+        FileNotFoundError: it has been deleted.
+    """
+    import faiss
+
+    record, dimension = manifest.index_record, manifest.dimension
+    if record is None:
+        raise ValueError("a flat gallery has no index to open")
+    path = check_file(directory, record.file, verify=False)
+    _check_owner(path, manifest.gallery_id, record.file)
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        numbers = np.load(directory / record.indexed.name, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Make it again with `aroface gallery compact`.") from error
+    if (index.ntotal, index.d, len(numbers)) != (record.rows, dimension, record.rows):
+        raise DataError(
+            f"{path} holds {index.ntotal} vectors of {index.d} dimensions, where the manifest says {record.rows} of "
+            f"{dimension}. Make it again with `aroface gallery compact`."
+        )
+    return _tracked(index, numbers, manifest.index, record.effort)
+
+
+def _check_owner(path: Path, gallery_id: str, record: FileRecord) -> None:
+    mark = _OWNER_MARK + gallery_id.encode()
+    with path.open("rb") as file:
+        file.seek(max(0, record.bytes - len(mark)))
+        found = file.read()
+    if found != mark:
+        raise DataError(
+            f"{path} is the index of another gallery. Restore the right one, or make it again with `aroface gallery "
+            "compact`."
+        )
+
+
+def _tracked(index: Any, numbers: NDArray[np.int64], kind: IndexKind, effort: int) -> TrackedIndex:
+    """How an index of `kind` is searched with `effort`."""
+    import faiss
+
+    family = _family(kind)
+    if family == "scan":
+        return TrackedIndex(index, numbers, candidates=effort, least=_RESCORED_LEAST)
+    if family == "ivf":
+        faiss.extract_index_ivf(index).nprobe = effort
+    else:
+        index.hnsw.efSearch = effort
+    return TrackedIndex(index, numbers, candidates=_RESCORED_PER_PLACE, least=_RESCORED_LEAST)
+
+
+def _family(kind: IndexKind) -> str:
+    family = kind.partition("-")[0]
+    return family if family in _EFFORTS else "scan"
+
+
+def _prepare(index: Any, kind: IndexKind) -> None:
+    import faiss
+
+    if _family(kind) == "ivf":
+        faiss.extract_index_ivf(index).cp.max_points_per_centroid = _TRAINING_POINTS
+        faiss.extract_index_ivf(index).cp.spherical = True  # vectors and centres have length 1
+    elif _family(kind) == "hnsw":
+        index.hnsw.efConstruction = _HNSW_CONSTRUCTION
+
+
+def _training_sample(rows: Rows, factory: str) -> NDArray[np.float32]:
+    clusters = int(factory[3:].partition(",")[0]) if factory.startswith("IVF") else 1024
+    chosen = np.sort(
+        np.random.default_rng(0).permutation(len(rows))[: max(_TRAINED_LEAST, _TRAINING_POINTS * clusters)]
+    )
+    return rows.take(chosen)
+
+
+def _measured(index: Any, wish: IndexWish, rows: Rows, entries: Entries, until: int) -> tuple[int, Recall]:
+    """The cheapest effort that reaches the wanted recall, and the recall there."""
+    probes, source = _sample(wish, rows)
+    exact = search_source(FlatSource(rows, entries), probes, Request(top=min(10, len(rows))))
+    reached: tuple[int, Recall] | None = None
+    family = _family(wish.kind)
+    for effort in _EFFORTS[family]:
+        if family == "ivf" and effort > index.nlist:
+            break
+        tracked = _tracked(index, entries.numbers, wish.kind, effort)
+        found = search_source(IndexedSource(rows, entries, tracked, until), probes, Request(top=min(10, len(rows))))
+        shares = [
+            (bool(near) and near[0].score >= best[0].score, sum(c.score >= best[-1].score for c in near) / len(best))
+            for near, best in zip(found, exact, strict=True)
+        ]
+        at_1, at_10 = (float(value) for value in np.mean(shares, axis=0))
+        reached = effort, Recall(at_1=at_1, at_10=at_10, probes=len(probes), source=source)
+        if at_1 >= wish.recall:
+            return reached
+    if reached is None:
+        raise DataError(f"An index of kind {wish.kind} cannot be searched here; choose flat.")
+    logger.warning(
+        "Index %s: recall@1 is %.4f at most, not %g; choose another kind, or flat.",
+        wish.kind,
+        reached[1].at_1,
+        wish.recall,
+    )
+    return reached
+
+
+def _sample(wish: IndexWish, rows: Rows) -> tuple[NDArray[np.float32], str]:
+    generator = np.random.default_rng(1)
+    if wish.probes is not None:
+        chosen = np.sort(generator.permutation(len(wish.probes))[: wish.sample])
+        given = np.asarray(wish.probes)[chosen].astype(np.float64)
+        return (given / np.linalg.norm(given, axis=1, keepdims=True)).astype(np.float32), "given"
+    chosen = np.sort(generator.permutation(len(rows))[: wish.sample])
+    vectors = rows.take(chosen).astype(np.float64)
+    noise = generator.standard_normal(vectors.shape)
+    noise -= (noise * vectors).sum(axis=1, keepdims=True) * vectors
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    probes = _SAMPLE_COSINE * vectors + math.sqrt(1 - _SAMPLE_COSINE**2) * noise
+    return probes.astype(np.float32), f"enrolled entries turned to cosine {_SAMPLE_COSINE}"

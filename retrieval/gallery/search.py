@@ -1,106 +1,165 @@
-"""Candidate lists in a defined order, whatever the index returns.
+"""Candidate lists in a defined order, whatever an index returns.
 
-Faiss computes scores in a float32 matrix product, whose last bits depend on the batch size and on the position of an
-entry: the same two faces may score 0.70000005 and 0.69999999, and entries that tie may come in any order or be cut
-off. So its answer is taken as a list of candidates. Their scores are computed again, one row at a time in float64 and
-rounded to float32, and the list is lengthened until no entry that was left out could belong to it.
+An index computes scores in float32 or in a shorter form, and their last bits depend on the batch size and on the
+position of an entry: the same two faces may score 0.70000005 and 0.69999999, and entries that tie may come in any order
+or be cut off. So its answer is taken as a list of candidates. Their scores are computed again, one row at a time in
+float64 and rounded to float32. Where the index promises how far its scores are off, the list is lengthened until no
+entry that was left out could belong to it: the search is exact. Where it promises nothing, what it leaves out is lost,
+which the recall of the gallery measures.
+
+Legend: P probes, D embedding dimension, K candidates of the index.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Candidate", "Level", "as_candidates", "search_index"]
+from retrieval.gallery.records import Candidate
 
-#: `entry`: every enrolled entry is a candidate. `subject`: one per subject, with its best entry.
-Level = Literal["entry", "subject"]
+__all__ = ["Found", "Request", "Source", "rounding_bound", "search_source"]
 
-_BATCH_PROBES = 256
-_EXTRA_CANDIDATES = 16
+_BATCH_PROBES = 1024
+_RESCORED_ELEMENTS = 1 << 21  # 16 MiB of float64 at a time
+_LENGTHENING = 4
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One line of a candidate list."""
+class Found:
+    """The entries that an index thinks are nearest."""
 
-    entry_id: str
-    subject_id: str
-    score: float  #: cosine similarity
-    rank: int  #: 1 is the best; equal scores are ordered by enrolment, the earlier first
+    rows: NDArray[np.int64]  #: (P, K) in any order; -1 where there is none
+    left_out: NDArray[np.float32]  #: (P,) no entry that is missing has a higher score of the index; -inf: none is
 
 
-def search_index(
-    index: Any,
-    embeddings: NDArray[np.float32],
-    probes: NDArray[np.float32],
-    top: int,
-    subject_rows: NDArray[np.int64] | None,
-) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Rows and scores of the `top` best entries of each probe, best first, equal scores by row.
+class Source(Protocol):
+    """Entries that can be searched. A row is how the source names an entry; rows ascend in the order of enrolment."""
 
-    Args:
-        index: Faiss index over `embeddings`, inner product.
-        embeddings: (N, D) unit vectors.
-        probes: (P, D) unit vectors.
-        top: length of the lists, at least 1; shorter where there are fewer entries.
-        subject_rows: (N,) number of the subject of each entry, to keep only the best entry of each; None keeps all.
-    """
-    found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+    count: int  #: entries that a search may find
+    tolerance: float | None  #: bound on the error of the scores; None: some entries may not be found at all
+    max_list: int  #: longest list that it gives
+
+    def first_list(self, top: int) -> int:
+        """How many candidates to ask for, for a list of `top`."""
+
+    def nearest(self, probes: NDArray[np.float32], count: int) -> Found:
+        """About `count` nearest entries of each (P, D) unit probe."""
+
+    def approximate_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(P, K) inner products with the float32 vectors of the rows, -inf for row -1."""
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(..., D) float32 unit vectors of the rows."""
+
+    def names(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+        """Entry ids and subject ids of (n,) rows."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is searched for."""
+
+    top: int | None  #: length of the list; None: as long as candidates score above the threshold
+    by_subject: bool = False  #: keep the best entry of each subject
+    threshold: float | None = None  #: leave out candidates that do not score higher
+
+
+def rounding_bound(dimension: int) -> float:
+    """Bound on the difference of two float32 inner products of the same two unit vectors."""
+    return 2.0 * (dimension + 2) * float(np.finfo(np.float32).eps)
+
+
+def search_source(source: Source, probes: NDArray[np.float32], request: Request) -> list[list[Candidate]]:
+    """The candidates of each (P, D) unit probe, best first, equal scores by row."""
+    found: list[list[Candidate]] = []
     for start in range(0, len(probes), _BATCH_PROBES):
-        found.extend(_search_batch(index, embeddings, probes[start : start + _BATCH_PROBES], top, subject_rows))
+        found.extend(_search_batch(source, probes[start : start + _BATCH_PROBES], request))
     return found
 
 
-def _search_batch(
-    index: Any,
-    embeddings: NDArray[np.float32],
-    probes: NDArray[np.float32],
-    top: int,
-    subject_rows: NDArray[np.int64] | None,
-) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    num_entries, dimension = embeddings.shape
-    tolerance = 2.0 * (dimension + 2) * float(np.finfo(np.float32).eps)  # bound of the product of two unit vectors
-    wanted = min(num_entries, top + _EXTRA_CANDIDATES)
-    results: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
-    open_probes = np.arange(len(probes))
-    while len(open_probes):
-        scores, rows = index.search(probes[open_probes], wanted)
-        for probe, near_scores, near_rows in zip(open_probes, scores, rows, strict=True):
-            chosen = _ordered(embeddings, probes[probe], np.sort(near_rows), subject_rows)
-            complete = wanted == num_entries
-            if not complete and len(chosen[0]) >= top:
-                complete = float(chosen[1][top - 1]) > float(near_scores[-1]) + tolerance
-            if complete:
-                results[int(probe)] = (chosen[0][:top], chosen[1][:top])
-        open_probes = np.array([probe for probe in open_probes if int(probe) not in results], np.int64)
-        wanted = min(num_entries, 4 * wanted)
-    return [results[probe] for probe in range(len(probes))]
+def _search_batch(source: Source, probes: NDArray[np.float32], request: Request) -> list[list[Candidate]]:
+    limit = min(source.count, source.max_list)
+    wanted = min(limit, source.first_list(request.top or 1))
+    lists: dict[int, list[Candidate]] = {}
+    unfinished = np.arange(len(probes))
+    while len(unfinished):
+        near = source.nearest(probes[unfinished], wanted)
+        keep = None if request.by_subject or request.top is None else request.top
+        rows, scores = _rescored(source, probes[unfinished], near.rows, keep)
+        open_again = []
+        for place, chosen in enumerate(_chosen(source, rows, scores, request)):
+            probe = int(unfinished[place])
+            if wanted < limit and not _is_complete(chosen, float(near.left_out[place]), source.tolerance, request):
+                open_again.append(probe)
+                continue
+            lists[probe] = chosen if request.top is None else chosen[: request.top]
+        unfinished = np.array(open_again, np.int64)
+        wanted = min(limit, _LENGTHENING * wanted)
+    return [lists[probe] for probe in range(len(probes))]
 
 
-def _ordered(
-    embeddings: NDArray[np.float32],
-    probe: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    subject_rows: NDArray[np.int64] | None,
+def _is_complete(chosen: list[Candidate], left_out: float, tolerance: float | None, request: Request) -> bool:
+    """Whether a longer list could not change the answer (or, without a tolerance, is not expected to)."""
+    if left_out == -np.inf:
+        return True
+    if request.threshold is not None and left_out + (tolerance or 0.0) <= request.threshold:
+        return True
+    if request.top is None or len(chosen) < request.top:
+        return False
+    return tolerance is None or chosen[request.top - 1].score > left_out + tolerance
+
+
+def _chosen(
+    source: Source, rows: NDArray[np.int64], scores: NDArray[np.float32], request: Request
+) -> Iterator[list[Candidate]]:
+    """One list for each probe."""
+    valid = rows >= 0
+    if request.threshold is not None:
+        valid &= scores > request.threshold
+    counts = valid.sum(axis=1)
+    entry_ids, subject_ids = source.names(rows[valid])
+    start = 0
+    for place, count in enumerate(counts):
+        part = slice(start, start + int(count))
+        start += int(count)
+        own_scores = scores[place][valid[place]]
+        entries, subjects = entry_ids[part], subject_ids[part]
+        if request.by_subject:
+            first = np.sort(np.unique(subjects, return_index=True)[1])
+            entries, subjects, own_scores = entries[first], subjects[first], own_scores[first]
+        lines = zip(entries.tolist(), subjects.tolist(), own_scores.tolist(), strict=True)
+        yield [Candidate(entry, subject, score, rank) for rank, (entry, subject, score) in enumerate(lines, start=1)]
+
+
+def _rescored(
+    source: Source, probes: NDArray[np.float32], rows: NDArray[np.int64], top: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """`rows` (ascending) by score, equal scores by row."""
-    products = embeddings[rows].astype(np.float64) * probe
-    scores = products.sum(axis=1).astype(np.float32)
-    order = np.argsort(-scores, kind="stable")
-    if subject_rows is not None:
-        _, first = np.unique(subject_rows[rows[order]], return_index=True)
-        order = order[np.sort(first)]
-    return rows[order], scores[order]
+    """Rows (P, k) and their final scores, best first, equal scores by row; -1 and -inf at the end where there are none.
+
+    With `top`, rows that float32 arithmetic already proves too far away are dropped before the exact pass.
+    """
+    if top is not None and rows.shape[1] > top + 4:
+        rough = source.approximate_scores(probes, rows)
+        last = -np.partition(-rough, top - 1, axis=1)[:, top - 1]
+        bound = last - 2 * rounding_bound(probes.shape[1])
+        near = max(top, int((rough >= bound[:, None]).sum(axis=1).max()))
+        if near < rows.shape[1]:
+            nearest = np.argpartition(-rough, near - 1, axis=1)[:, :near]
+            rows = np.take_along_axis(rows, nearest, axis=1)
+    scores = _exact_scores(source, probes, rows)
+    order = np.lexsort((rows, -scores), axis=1)
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
-def as_candidates(
-    rows: NDArray[np.int64], scores: NDArray[np.float32], name: Callable[[int], tuple[str, str]]
-) -> list[Candidate]:
-    """A candidate list; `name` gives entry id and subject id of a row."""
-    return [
-        Candidate(*name(int(row)), score=float(score), rank=rank)
-        for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1)
-    ]
+def _exact_scores(source: Source, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    scores = np.empty(rows.shape, np.float32)
+    step = max(1, _RESCORED_ELEMENTS // max(1, rows.shape[1] * probes.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        vectors: NDArray[Any] = source.vectors(np.maximum(rows[part], 0)).astype(np.float64)
+        vectors *= probes[part, None, :]
+        scores[part] = vectors.sum(axis=2)
+    scores[rows < 0] = -np.inf
+    return scores

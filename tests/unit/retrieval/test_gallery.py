@@ -163,11 +163,11 @@ def test_missing_files_and_other_formats_are_explained(tmp_path: Path) -> None:
     gallery = Gallery.build(tmp_path / "g", _vectors(2), ["a", "b"])
     manifest = tmp_path / "g" / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(DataError, match="format_version 99; this aroface reads 1"):
+    manifest.write_text(text.replace('"format_version": 2', '"format_version": 99'))
+    with pytest.raises(DataError, match="format_version 99; this aroface reads 2"):
         Gallery.open(tmp_path / "g")
     manifest.write_text(text)
-    (tmp_path / "g" / gallery.manifest.embeddings.name).unlink()
+    (tmp_path / "g" / gallery.manifest.segments[0].embeddings.name).unlink()
     with pytest.raises(DataError, match=r"is missing\. Restore it"):
         Gallery.open(tmp_path / "g")
 

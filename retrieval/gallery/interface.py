@@ -1,0 +1,256 @@
+"""`FaceGallery`: what every gallery offers, wherever its embeddings lie."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from aroface.contract import InputContract
+from aroface.errors import DataError
+from retrieval.embeddings import EmbeddingSet
+from retrieval.gallery.calibration import calibrated
+from retrieval.gallery.records import Calibration, Candidate, Fusion, GalleryInfo, Level
+from retrieval.gallery.search import Request, Source, search_source
+from retrieval.gallery.vectors import as_unit, check_embeddings
+from retrieval.templates import Pooling, TemplateSums
+
+__all__ = ["FaceGallery"]
+
+
+class FaceGallery(ABC):
+    """Enrolled embeddings, compared by cosine.
+
+    An entry has an id of its own and belongs to a subject; ids are kept as text. Embeddings may have any length; they
+    are normalised. `model_id` and `contract` say which model made them: a gallery refuses those of another one.
+    Changes return the new state and are durable when they return.
+    """
+
+    @property
+    @abstractmethod
+    def info(self) -> GalleryInfo:
+        """What the gallery holds."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Enrolled entries."""
+
+    @abstractmethod
+    def add(
+        self,
+        embeddings: NDArray[np.floating[Any]],
+        subject_ids: ArrayLike,
+        entry_ids: ArrayLike | None = None,
+        *,
+        upsert: bool = False,
+        model_id: str | None = None,
+        contract: InputContract | None = None,
+    ) -> Self:
+        """Enrol (M, D) more embeddings.
+
+        Args:
+            embeddings: (M, D) of any length, finite and not zero.
+            subject_ids: (M,) who each one is.
+            entry_ids: (M,) unique; default: free numbers.
+            upsert: an entry id that is enrolled already is replaced; otherwise it is an error.
+            model_id: model of the embeddings.
+            contract: its input contract.
+
+        Raises:
+            DataError: no direction, ids that repeat or are taken, another dimension, model or contract; nothing is
+                enrolled then.
+            ShapeError: arrays that do not fit together.
+        """
+
+    @abstractmethod
+    def remove(self, *, entry_ids: Collection[str] = (), subject_ids: Collection[str] = ()) -> Self:
+        """Remove entries by their id, and all entries of subjects.
+
+        Raises:
+            DataError: an id that is not enrolled; nothing is removed then.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and connections."""
+
+    @abstractmethod
+    def has_subjects(self, subject_ids: ArrayLike) -> NDArray[np.bool_]:
+        """(n,) whether each subject is enrolled."""
+
+    @abstractmethod
+    def _source(self, level: Level) -> Source:
+        """What is searched at a level."""
+
+    @abstractmethod
+    def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
+        """The gallery with these thresholds, durably."""
+
+    def search(
+        self,
+        probes: NDArray[np.floating[Any]],
+        *,
+        top: int,
+        level: Level = "entry",
+        threshold: float | None = None,
+        model_id: str | None = None,
+        contract: InputContract | None = None,
+    ) -> list[list[Candidate]]:
+        """The `top` best candidates of each probe, best first.
+
+        Equal scores are ordered by enrolment. The order is for display: `retrieval.metrics` counts a tie against the
+        mate (pessimistic rank), whatever the list says.
+
+        Args:
+            probes: (P, D) of any length, or one (D,).
+            top: length of each list; shorter where the gallery holds fewer.
+            level: what a candidate is.
+            threshold: leave out candidates that do not score higher.
+            model_id: model of the probes; another one than that of the gallery is refused.
+            contract: its input contract.
+
+        Raises:
+            DataError: an empty gallery, a probe without direction, another dimension or model.
+        """
+        if top < 1:
+            raise DataError(f"top = {top}; a candidate list has at least 1 entry.")
+        return self._find(probes, Request(top, level == "subject", threshold), level, model_id, contract)
+
+    def search_range(
+        self,
+        probes: NDArray[np.floating[Any]],
+        *,
+        threshold: float,
+        level: Level = "entry",
+        model_id: str | None = None,
+        contract: InputContract | None = None,
+    ) -> list[list[Candidate]]:
+        """All candidates of each probe that score higher than `threshold`, best first; otherwise as `search`."""
+        return self._find(probes, Request(None, level == "subject", threshold), level, model_id, contract)
+
+    def search_templates(
+        self,
+        probes: NDArray[np.floating[Any]],
+        template_ids: ArrayLike,
+        *,
+        top: int,
+        fusion: Fusion = "pooled",
+        level: Level = "subject",
+        threshold: float | None = None,
+        model_id: str | None = None,
+        contract: InputContract | None = None,
+    ) -> dict[str, list[Candidate]]:
+        """Search several probes of one person together.
+
+        Args:
+            probes: (P, D), un-normalised: with `pooled`, the length of an embedding is its weight.
+            template_ids: (P,) which probes belong together.
+            top: length of each list.
+            fusion: how they are searched together.
+            level: what a candidate is.
+            threshold: leave out candidates that do not score higher.
+            model_id: model of the probes.
+            contract: its input contract.
+
+        Returns:
+            template id -> candidates, templates in the order of their first probe.
+
+        Raises:
+            DataError: as `search`; or embeddings of one template that cancel out.
+        """
+        names, groups = _templates(template_ids, len(probes))
+        if fusion == "best":
+            single = self.search(
+                probes, top=top, level=level, threshold=threshold, model_id=model_id, contract=contract
+            )
+            merged: dict[str, list[Candidate]] = {name: [] for name in names}
+            for group, candidates in zip(groups, single, strict=True):
+                merged[names[group]].extend(candidates)
+            return {name: _best(candidates, top) for name, candidates in merged.items()}
+        check_embeddings(probes, self.info.dimension)
+        sums = TemplateSums(len(names), probes.shape[1], Pooling(media=False))
+        sums.add(groups, np.zeros(len(groups)), probes.astype(np.float32))
+        fused = self.search(
+            sums.finish()[0], top=top, level=level, threshold=threshold, model_id=model_id, contract=contract
+        )
+        return dict(zip(names, fused, strict=True))
+
+    def calibrate(self, probes: EmbeddingSet, fpirs: Sequence[float], *, level: Level = "entry") -> Self:
+        """Find and keep the thresholds of false-positive identification rates.
+
+        Args:
+            probes: a calibration set; those whose subject is not enrolled count as strangers, the others measure how
+                many mates are found.
+            fpirs: wanted rates, each in (0, 1).
+            level: what a candidate is.
+
+        Returns:
+            The new state; `info.calibration` holds the thresholds, earlier ones are replaced.
+
+        Raises:
+            DataError: a rate out of range, or no stranger among the probes.
+        """
+        usable = probes.take(probes.enrolled)
+        found = self.search(usable.embeddings, top=1, level=level)
+        subjects = usable.subject_ids.astype(np.str_)
+        points = calibrated(found, subjects, self.has_subjects(subjects), probes, fpirs, level, len(self))
+        return self._with_calibration(points)
+
+    def fpir_of(self, score: float) -> float | None:
+        """The lowest calibrated false-positive rate at which `score` is accepted; None if at none."""
+        return min((point.fpir for point in self.info.calibration if score > point.threshold), default=None)
+
+    def check_model(self, model_id: str | None, contract: InputContract | None) -> None:
+        """Refuse embeddings that are known to come from another model than those enrolled.
+
+        Raises:
+            DataError: both sides are known and differ.
+        """
+        info = self.info
+        for what, theirs, ours in (
+            ("model", model_id, info.model_id),
+            ("input contract", contract, info.contract),
+        ):
+            if theirs is not None and ours is not None and theirs != ours:
+                raise DataError(
+                    f"Gallery {info.name} holds embeddings of {what} {ours}; these are of {theirs}. Scores between "
+                    "models mean nothing: embed both with the same one."
+                )
+
+    def _find(
+        self,
+        probes: NDArray[np.floating[Any]],
+        request: Request,
+        level: Level,
+        model_id: str | None,
+        contract: InputContract | None,
+    ) -> list[list[Candidate]]:
+        self.check_model(model_id, contract)
+        if len(self) == 0:
+            raise DataError(f"Gallery {self.info.name} is empty; enrol someone with `aroface gallery add`.")
+        rows = np.atleast_2d(np.asarray(probes))
+        check_embeddings(rows, self.info.dimension)
+        return search_source(self._source(level), as_unit(rows), request)
+
+
+def _templates(template_ids: ArrayLike, count: int) -> tuple[list[str], NDArray[np.int64]]:
+    """Names in the order of their first probe, and the place of each probe's name in them."""
+    ids = np.asarray(template_ids).astype(np.str_)
+    if ids.shape != (count,):
+        raise DataError(f"{ids.shape} template ids for {count} probes; one for each is needed.")
+    names, first, codes = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty(len(names), np.int64)
+    place[order] = np.arange(len(names))
+    return names[order].tolist(), place[codes]
+
+
+def _best(candidates: Sequence[Candidate], top: int) -> list[Candidate]:
+    """Each candidate once with its best score, best first; equal scores as the lists had them."""
+    unique: dict[tuple[str, str], Candidate] = {}
+    for candidate in sorted(candidates, key=lambda candidate: (-candidate.score, candidate.rank)):
+        unique.setdefault((candidate.entry_id, candidate.subject_id), candidate)
+    best = list(unique.values())[:top]
+    return [replace(candidate, rank=rank) for rank, candidate in enumerate(best, start=1)]

@@ -1,0 +1,192 @@
+"""What a gallery on this machine searches: every vector one by one, a Faiss index, or pooled templates."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.gallery.search import Found, rounding_bound
+from retrieval.gallery.segments import Entries, Rows
+
+__all__ = ["FlatSource", "IndexedSource", "PooledSource", "TrackedIndex"]
+
+_EXTRA_CANDIDATES = 16
+_REMOVED_PLACES = 256
+_POOLED_BLOCK_ROWS = 1 << 12
+
+
+class _LocalSource:
+    """Vectors and names that lie on this machine."""
+
+    max_list = 1 << 40
+
+    def __init__(self, rows: Rows, entries: Entries) -> None:
+        self.rows = rows
+        self.count = len(rows)
+        self._entries = entries
+
+    def approximate_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Source`. Faiss reads the vectors where they lie, without a copy of them."""
+        import faiss
+
+        scores = np.full(rows.shape, -np.inf, np.float32)
+        probes = np.ascontiguousarray(probes)
+        part_scores = np.empty(rows.shape, np.float32)
+        for part, start in zip(self.rows.parts, self.rows.starts, strict=False):
+            inside = (rows >= start) & (rows < start + len(part))
+            if not inside.any():
+                continue
+            local = np.where(inside, rows - start, -1)
+            faiss.fvec_inner_products_by_idx(  # type: ignore[attr-defined]  # exported at run time
+                faiss.swig_ptr(part_scores),
+                faiss.swig_ptr(probes),
+                faiss.swig_ptr(part),
+                faiss.swig_ptr(local),
+                probes.shape[1],
+                *rows.shape,
+            )
+            np.maximum(scores, part_scores, out=scores)
+        return scores
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Source`."""
+        return self.rows.take(rows)
+
+    def names(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+        """See `Source`."""
+        return self._entries.entry_ids[rows], self._entries.subject_ids[rows]
+
+
+class FlatSource(_LocalSource):
+    """Every vector compared in float32, read through the memory map: exact."""
+
+    def __init__(self, rows: Rows, entries: Entries) -> None:
+        super().__init__(rows, entries)
+        self.tolerance: float | None = rounding_bound(rows.dimension)
+
+    def first_list(self, top: int) -> int:
+        """See `Source`."""
+        return top + _EXTRA_CANDIDATES
+
+    def nearest(self, probes: NDArray[np.float32], count: int) -> Found:
+        """See `Source`."""
+        return nearest_rows(self.rows, probes, count)
+
+
+def nearest_rows(rows: Rows, probes: NDArray[np.float32], count: int) -> Found:
+    """The `count` nearest rows of each probe by float32 inner product."""
+    import faiss
+
+    probes = np.ascontiguousarray(probes)
+    count = min(count, len(rows))
+    heap = faiss.ResultHeap(len(probes), count, keep_max=True)
+    for part, start in zip(rows.parts, rows.starts, strict=False):
+        scores, near = faiss.knn(probes, part, min(count, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(scores, near + start)
+    heap.finalize()
+    left_out = heap.D[:, -1] if count < len(rows) else np.full(len(probes), -np.inf, np.float32)
+    return Found(heap.I, left_out)
+
+
+class TrackedIndex:
+    """A Faiss index, the numbers of the entries in it, and how it is searched.
+
+    Args:
+        index: what `search` is called on.
+        numbers: (n,) number of the entry at each place of the index.
+        candidates: how many to rescore for each wanted one.
+        least: how many to rescore at least.
+        tolerance: bound on the error of its scores; None for an approximate index.
+        max_list: longest list that it gives.
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        numbers: NDArray[np.int64],
+        *,
+        candidates: int,
+        least: int,
+        tolerance: float | None = None,
+        max_list: int = 1 << 40,
+    ) -> None:
+        self.index = index
+        self.numbers = numbers
+        self.candidates = candidates
+        self.least = least
+        self.tolerance = tolerance
+        self.max_list = max_list
+
+
+class IndexedSource(_LocalSource):
+    """A Faiss index, and one by one what was enrolled after it was made.
+
+    Args:
+        rows: all vectors.
+        entries: all entries.
+        tracked: the index.
+        until: entries with this number or a higher one are not in it.
+    """
+
+    def __init__(self, rows: Rows, entries: Entries, tracked: TrackedIndex, until: int) -> None:
+        super().__init__(rows, entries)
+        self.tolerance = tracked.tolerance
+        self.max_list = tracked.max_list
+        self._tracked = tracked
+        self._tail_start = int(np.searchsorted(entries.numbers, until))
+        self._tail = rows.from_row(self._tail_start)
+        self._row_of = _rows_of_numbers(tracked.numbers, entries.numbers)
+        self._removed = len(tracked.numbers) - self._tail_start
+
+    def first_list(self, top: int) -> int:
+        """See `Source`."""
+        return max(self._tracked.least, self._tracked.candidates * top)
+
+    def nearest(self, probes: NDArray[np.float32], count: int) -> Found:
+        """See `Source`."""
+        total = len(self._tracked.numbers)
+        # Removed entries still take places in the list of the index.
+        asked = total if count >= self.count else min(total, count + min(self._removed, max(count, _REMOVED_PLACES)))
+        asked = min(asked, self.max_list)
+        scores, places = self._tracked.index.search(np.ascontiguousarray(probes), asked)
+        rows = self._row_of[places]  # place -1 is the last element, which is -1
+        left_out = np.where((places[:, -1] >= 0) & (asked < total), scores[:, -1], -np.inf).astype(np.float32)
+        if len(self._tail):
+            tail = nearest_rows(self._tail, probes, count)
+            rows = np.concatenate([rows, tail.rows + self._tail_start], axis=1)
+            left_out = np.maximum(left_out, tail.left_out)
+        return Found(rows, left_out)
+
+
+def _rows_of_numbers(indexed: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n + 1,) row of each indexed entry, -1 where it has been removed; one more -1 at the end."""
+    rows = np.full(len(indexed) + 1, -1, np.int64)
+    if len(numbers):
+        place = np.minimum(np.searchsorted(numbers, indexed), len(numbers) - 1)
+        rows[:-1] = np.where(numbers[place] == indexed, place, -1)
+    return rows
+
+
+class PooledSource(FlatSource):
+    """One vector per subject: the sum of its embeddings at their enrolled length, scaled to length 1."""
+
+    def __init__(self, rows: Rows, entries: Entries) -> None:
+        subjects, first, codes = np.unique(entries.subject_ids, return_index=True, return_inverse=True)
+        sums = np.zeros((len(subjects), rows.dimension), np.float64)
+        for part, block in _numbered(rows.blocks(_POOLED_BLOCK_ROWS)):
+            np.add.at(sums, codes[part], block.astype(np.float64) * entries.norms[part, None])
+        lengths = np.linalg.norm(sums, axis=1)
+        kept = np.flatnonzero(lengths > 0)
+        kept = kept[np.argsort(first[kept])]  # ties go to the subject that was enrolled first
+        templates = (sums[kept] / lengths[kept, None]).astype(np.float32)
+        names = np.zeros(len(kept), "U1")
+        pooled = Entries(names, subjects[kept], lengths[kept].astype(np.float32), np.arange(len(kept)))
+        super().__init__(Rows([templates] if len(kept) else [], rows.dimension), pooled)
+
+
+def _numbered(blocks: Iterator[NDArray[np.float32]]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    start = 0
+    for block in blocks:
+        yield slice(start, start + len(block)), block
+        start += len(block)

@@ -1,0 +1,93 @@
+"""Checks and normalisation of embeddings on their way into a gallery or a search."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from aroface.errors import DataError, ShapeError
+
+__all__ = ["as_unit", "check_embeddings", "check_ids", "lengths", "listed", "unit_blocks"]
+
+_BLOCK_ROWS = 1 << 12
+_NAMED_ROWS = 5
+
+
+def check_embeddings(embeddings: NDArray[Any], dimension: int | None) -> None:
+    """Refuse anything but (N, D) floats, each row with a direction.
+
+    Raises:
+        ShapeError: another shape or type.
+        DataError: another dimension than `dimension`, or rows that are zero or not finite.
+    """
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
+        raise ShapeError(f"Embeddings are {embeddings.dtype} {embeddings.shape}; float (N, D) is needed.")
+    if dimension is not None and embeddings.shape[1] != dimension:
+        raise DataError(
+            f"The embeddings have {embeddings.shape[1]} dimensions, the gallery has {dimension}; embed with its model."
+        )
+    norms = lengths(embeddings)
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist()
+    if bad:
+        raise DataError(
+            f"Rows {listed(bad)} of the embeddings have no direction (zero, NaN or infinite). Leave them out: a face "
+            "that failed to enrol has no embedding."
+        )
+
+
+def check_ids(
+    subject_ids: ArrayLike, entry_ids: ArrayLike, count: int, taken: Collection[str]
+) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+    """Subject ids and entry ids as text.
+
+    Args:
+        subject_ids: one for each embedding.
+        entry_ids: one for each embedding.
+        count: embeddings.
+        taken: entry ids that are enrolled and may not be given again.
+
+    Raises:
+        ShapeError: another number of ids.
+        DataError: an entry id that repeats or is taken.
+    """
+    subjects, names = np.asarray(subject_ids).astype(np.str_), np.asarray(entry_ids).astype(np.str_)
+    for what, values in (("subject ids", subjects), ("entry ids", names)):
+        if values.shape != (count,):
+            raise ShapeError(f"{values.shape} {what} for {count} embeddings; one for each is needed.")
+    unique, counts = np.unique(names, return_counts=True)
+    repeated = sorted({*unique[counts > 1].tolist(), *taken})
+    if repeated:
+        raise DataError(
+            f"Entry ids {listed(repeated)} occur more than once; an entry id names one entry. Remove the enrolled one "
+            "first, replace it (upsert), or give the new one another id."
+        )
+    return subjects, names
+
+
+def lengths(embeddings: NDArray[Any]) -> NDArray[np.float64]:
+    """(N,) Euclidean lengths."""
+    norms = [np.linalg.norm(block, axis=1) for block in _float64_blocks(embeddings)]
+    return np.concatenate([np.zeros(0), *norms])
+
+
+def unit_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+    """The rows scaled to length 1, some thousand at a time."""
+    for block in _float64_blocks(embeddings):
+        yield (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float32)
+
+
+def as_unit(embeddings: NDArray[Any]) -> NDArray[np.float32]:
+    """(N, D) rows scaled to length 1."""
+    return np.concatenate([np.zeros((0, embeddings.shape[1]), np.float32), *unit_blocks(embeddings)])
+
+
+def _float64_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
+    for start in range(0, len(embeddings), _BLOCK_ROWS):
+        yield embeddings[start : start + _BLOCK_ROWS].astype(np.float64)
+
+
+def listed(values: Sequence[object]) -> str:
+    """The first values, and how many more there are."""
+    named = ", ".join(map(str, values[:_NAMED_ROWS]))
+    return named if len(values) <= _NAMED_ROWS else f"{named} and {len(values) - _NAMED_ROWS} more"
