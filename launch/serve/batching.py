@@ -25,7 +25,8 @@ class Batcher(Generic[In, Out]):
     """One thread that answers queued items in batches, in order.
 
     Args:
-        work: answers a batch; as many results as items.
+        work: answers a batch; as many results as items. An exception as a result is raised for that item alone, one
+            that is raised for all of them.
         name: of the thread.
         max_batch: items of a batch at the most.
         max_queue: items that may wait; more are refused.
@@ -34,7 +35,7 @@ class Batcher(Generic[In, Out]):
 
     def __init__(
         self,
-        work: Callable[[Sequence[In]], Sequence[Out]],
+        work: Callable[[Sequence[In]], Sequence[Out | Exception]],
         *,
         name: str,
         max_batch: int,
@@ -92,7 +93,10 @@ class Batcher(Generic[In, Out]):
         try:
             results = self._work(items)
             for future, result in zip(futures, results, strict=True):
-                future.set_result(result)
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
         except BaseException as error:  # whatever it was, every caller must hear of it, and the thread must live on
             for future in futures:
                 if not future.done():

@@ -61,11 +61,10 @@ class Guard:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
-            body = b"" if refusal else await self._body(scope, receive)
+            body = self._refusal(scope) or await self._body(scope, receive)
             finished = time.perf_counter()
-            if refusal or isinstance(body, tuple):
-                await _answer(send_counted, *(refusal or body))  # type: ignore[misc]
+            if isinstance(body, tuple):
+                await _answer(send_counted, *body)
             else:
                 await self._app(scope, _replay(body, receive), send_counted)
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,7 +29,7 @@ class _ImpatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _give_up(self) -> None:
-        if self.cycle is None:  # no request has begun
+        if self.conn.their_state is h11.IDLE:  # no whole request head has come
             self.transport.close()
 
 

@@ -193,12 +193,14 @@ class FaceService:
 
         return f"{subject_id}/{uuid.uuid4().hex[:12]}"
 
-    def _embed_batch(self, faces: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+    def _embed_batch(self, faces: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32] | Exception]:
         embeddings = self.embedder.embed(np.stack(faces))
         norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
-        if not (np.isfinite(norms) & (norms > 0)).all():
-            raise DataError(f"The model {self.embedder.model_id} gives an embedding without direction for this face.")
-        return list(embeddings)
+        useless = DataError(f"The model {self.embedder.model_id} gives this image no direction: it shows no face.")
+        return [
+            embedding if np.isfinite(norm) and norm > 0 else useless
+            for embedding, norm in zip(embeddings, norms, strict=True)
+        ]
 
     def _search_batch(self, searches: Sequence[_Search]) -> "list[list[Candidate]]":
         """Searches of one level go through the index together; the longest list serves all of them."""

@@ -109,7 +109,7 @@ def parse_landmarks(text: str | None) -> NDArray[np.float64] | None:
         points = np.zeros(0)
     if points.shape != (5, 2) or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
         raise DataError(
-            f"landmarks = {text[:80]!r}: five [x, y] in pixels are needed, of left eye, right eye, nose, left and right "
-            f"mouth corner, such as {example}."
+            f"landmarks = {text[:80]!r}: five [x, y] in pixels are needed, of left eye, right eye, nose, left and "
+            f"right mouth corner, such as {example}."
         )
     return points

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,9 +43,10 @@ class YuNet:
         image = cv2.resize(pixels[:, :, ::-1], size, interpolation=cv2.INTER_AREA)
         with self._lock:
             self._detector.setInputSize(size)
-            _, found = self._detector.detect(np.ascontiguousarray(image))
+            found: Any = self._detector.detect(np.ascontiguousarray(image))[1]  # None where there is no face
         if found is None:
             return np.zeros((0, 5, 2))
         # Columns 4 to 13: right eye, left eye, nose, right and left mouth corner of the person, which are left to right
         # in the picture, as in the template.
-        return np.asarray(found[:, 4:14], np.float64).reshape(-1, 5, 2) / shrink
+        landmarks: NDArray[np.float64] = np.asarray(found[:, 4:14], np.float64).reshape(-1, 5, 2) / shrink
+        return landmarks
