@@ -35,8 +35,8 @@ from launch.serve.uploads import UnsupportedImageError, parse_landmarks
 __all__ = ["create_app"]
 
 _THREADS = 128  # requests decoded or waiting for an answer at one time
-_PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
-_MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_PAGE_FILES = {f"/{name}": name for name in ("page.css", "page.js", "icon.svg")} | {"/": "index.html"}
+_MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}

@@ -14,7 +14,7 @@ from launch.serve.stats import ServiceStats
 __all__ = ["Guard", "GuardSettings", "is_loopback"]
 
 #: Open without a key: the page, which holds no data, and the health check of a load balancer.
-_PUBLIC = ("/", "/health", "/page.css", "/page.js")
+_PUBLIC = ("/", "/health", "/page.css", "/page.js", "/icon.svg")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

@@ -43,13 +43,13 @@ function choose(blob) {
 }
 
 async function search() {
-  const { matches } = await call("POST", "v1/search", { image: face, top: "8", level: "subject" });
+  const { matches, is_calibrated: isCalibrated } = await call("POST", "v1/search", { image: face, top: "5" });
   at("nothing").hidden = matches.length > 0;
   at("nothing").textContent = "Nobody found.";
-  at("matches").replaceChildren(...matches.map(line));
+  at("matches").replaceChildren(...matches.map((match) => line(match, isCalibrated)));
 }
 
-function line(match) {
+function line(match, isCalibrated) {
   const item = document.createElement("li");
   item.classList.toggle("match", match.fpir !== null);
   const cell = (tag, name, text) => {
@@ -68,13 +68,13 @@ function line(match) {
     if (!confirm(`Delete the entry ${match.entry_id} of ${match.subject_id}?`)) return;
     await call("DELETE", `v1/entries?entry_id=${encodeURIComponent(match.entry_id)}`);
     say(`Deleted ${match.entry_id}.`);
-    item.remove();
     await refreshGallery();
+    await search();
   }));
   const bar = document.createElement("i");
   bar.style.width = `${100 * Math.max(0, Math.min(1, match.score))}%`;
   cell("span", "bar", "").append(bar);
-  cell("span", "meaning", match.meaning);
+  if (isCalibrated) cell("span", "meaning", match.meaning);
   return item;
 }
 
@@ -112,10 +112,15 @@ async function camera() {
   stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "user" } });
   at("video").srcObject = stream;
   await at("video").play();
-  at("video").hidden = at("guide").hidden = false;
+  showCamera(true);
   at("preview").hidden = at("hint").hidden = true;
   at("camera").textContent = "Take it";
   say("Bring eyes, nose and mouth corners to the dots, then take it.");
+}
+
+function showCamera(isShown) {
+  at("video").hidden = !isShown;
+  at("guide").toggleAttribute("hidden", !isShown); // SVG elements have no property of that name
 }
 
 function photograph() {
@@ -134,7 +139,7 @@ function stopCamera() {
   if (!stream) return;
   stream.getTracks().forEach((track) => track.stop());
   stream = null;
-  at("video").hidden = at("guide").hidden = true;
+  showCamera(false);
   at("camera").textContent = "Camera";
 }
 
