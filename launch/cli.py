@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("launch.cmd_export", "checkpoint -> ONNX, with a parity gate"),
     "embed": ("launch.cmd_embed", "images -> embeddings (.npz), with a checkpoint or an ONNX file"),
     "gallery": ("launch.cmd_gallery", "build, search and inspect a gallery"),
+    "serve": ("launch.cmd_serve", "a gallery over HTTP, with a page to try it on"),
     "evaluate": ("launch.cmd_evaluate", "identification and verification numbers, with intervals"),
     "report": ("launch.cmd_report", "results -> one page of tables and curves"),
     "bench": ("launch.cmd_bench", "what this machine reaches, against its limit and the usual way"),

@@ -1,0 +1,1 @@
+"""A gallery and its model behind HTTP."""

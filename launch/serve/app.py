@@ -1,0 +1,260 @@
+"""The HTTP interface: enrol, search, compare, delete, the page, health and metrics."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+import anyio.to_thread
+from fastapi import Depends, FastAPI, File, Form, Query, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+from numpy.typing import NDArray
+from pydantic import AfterValidator
+from starlette.exceptions import HTTPException
+
+from aroface import __version__
+from aroface.errors import ArofaceError
+from launch.serve.batching import QueueFullError
+from launch.serve.guard import Guard, GuardSettings
+from launch.serve.schema import (
+    Comparison,
+    EnrolledEntry,
+    GalleryState,
+    Health,
+    Match,
+    Matches,
+    Problem,
+    Removed,
+    Status,
+)
+from launch.serve.service import ConflictError, FaceService, Found, NotEnrolledError
+from launch.serve.uploads import UnsupportedImageError, parse_landmarks
+
+__all__ = ["create_app"]
+
+_THREADS = 128  # requests decoded or waiting for an answer at one time
+_PAGE_FILES = {f"/{name}": name for name in ("page.css", "page.js", "icon.svg")} | {"/": "index.html"}
+_MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "the request is not well formed",
+        401: "no access key, or a wrong one",
+        403: "sent by a page of another site",
+        408: "the request came too slowly",
+        409: "the gallery, as it is, cannot take it",
+        413: "too large",
+        415: "neither JPEG nor PNG",
+        422: "a field or an image that cannot be used",
+        503: "too many requests are waiting",
+    }.items()
+}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "not enrolled"}}
+
+
+def _as_id(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("an id is printable text that is not empty")
+    return text
+
+
+_Id = Annotated[str, AfterValidator(_as_id)]
+_IdField = Annotated[_Id, Form(min_length=1, max_length=200)]
+_IdQuery = Annotated[_Id, Query(min_length=1, max_length=200)]
+_Image = Annotated[UploadFile, File(description="JPEG or PNG: an aligned square crop, or a photograph with landmarks")]
+_Landmarks = Annotated[
+    str | None, Form(description="JSON [[x, y], ...] of left eye, right eye, nose, mouth corners, in pixels")
+]
+
+
+def create_app(service: FaceService, settings: GuardSettings) -> FastAPI:
+    """The application of one service; the server closes the service when it stops.
+
+    Args:
+        service: model and gallery.
+        settings: key and limits.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
+        yield
+        await anyio.to_thread.run_sync(service.close)
+
+    app = FastAPI(
+        title="aroface",
+        version=__version__,
+        description="Face identification. Scores are cosines; what a score means is calibrated on the gallery.",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(Guard, settings=settings, stats=service.stats)
+    _add_errors(app)
+    _add_pages(app)
+    _add_state(app, service)
+    _add_faces(app, service)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    statuses: dict[type[Exception], int] = {
+        QueueFullError: 503,
+        NotEnrolledError: 404,
+        ConflictError: 409,
+        UnsupportedImageError: 415,
+        ArofaceError: 422,
+    }
+
+    def answer(status: int) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+        async def handler(request: Request, error: Exception) -> JSONResponse:
+            headers = {"Retry-After": "1"} if status == 503 else None
+            return JSONResponse({"error": str(error)}, status, headers)
+
+        return handler
+
+    for kind, status in statuses.items():
+        app.add_exception_handler(kind, answer(status))
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
+        problems = (f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
+        return JSONResponse({"error": "; ".join(problems)}, 422)
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
+        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refused)
+
+
+def _add_pages(app: FastAPI) -> None:
+    folder = files("launch.serve") / "page"
+
+    def serve(name: str) -> Callable[[], Response]:
+        content = (folder / name).read_bytes()
+        media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
+        return lambda: Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    for path, name in _PAGE_FILES.items():
+        app.add_api_route(path, serve(name), include_in_schema=False)
+
+
+def _add_state(app: FastAPI, service: FaceService) -> None:
+    key = [Depends(HTTPBearer(auto_error=False))]  # for the description; Guard checks it
+
+    @app.get("/health")
+    def health() -> Health:
+        """Whether the service is up; needs no key."""
+        return Health(status="ok")
+
+    @app.get(
+        "/metrics", dependencies=key, response_class=Response, responses={**_some(401, 403), 200: {"content": _TEXT}}
+    )
+    def metrics() -> Response:
+        """Counters in Prometheus' text format."""
+        text = service.stats.exposition(depths=service.depths(), entries=len(service.gallery))
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/gallery", dependencies=key, responses=_some(401, 403))
+    def gallery() -> GalleryState:
+        """What is searched, and with what."""
+        info = service.gallery.info
+        return GalleryState(
+            name=info.name,
+            entries=info.count,
+            subjects=info.num_subjects,
+            dimension=info.dimension,
+            index=info.index,
+            model=service.embedder.model_id,
+            image_size=service.embedder.contract.image_size,
+            thresholds={f"{point.fpir:g}": point.threshold for point in info.calibration},
+            detects_faces=service.detector is not None,
+        )
+
+    @app.get("/v1/status", dependencies=key, responses=_some(401, 403))
+    def status() -> Status:
+        """Load and speed."""
+        speed = service.stats.speed()
+        return Status(
+            waiting=service.depths(),
+            requests_per_s=speed.requests_per_s,
+            median_ms=speed.median_ms,
+            p99_ms=speed.p99_ms,
+        )
+
+
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+
+def _some(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _PROBLEMS[status] for status in statuses}
+
+
+def _add_faces(app: FastAPI, service: FaceService) -> None:
+    key = [Depends(HTTPBearer(auto_error=False))]
+
+    def read(upload: UploadFile, landmarks: str | None) -> "NDArray[Any]":
+        return service.crop(upload.file.read(), parse_landmarks(landmarks))
+
+    @app.post("/v1/search", dependencies=key, responses=_PROBLEMS)
+    def search(
+        image: _Image,
+        landmarks: _Landmarks = None,
+        top: Annotated[int, Form(ge=1, le=100, description="length of the list")] = 5,
+        level: Annotated[Literal["entry", "subject", "pooled"], Form(description="what a candidate is")] = "subject",
+    ) -> Matches:
+        """The most similar faces of the gallery, best first."""
+        found = service.search(read(image, landmarks), top=top, level=level)
+        is_calibrated = bool(service.gallery.info.calibration)
+        return Matches(matches=[_match(one, is_calibrated) for one in found], is_calibrated=is_calibrated)
+
+    @app.post("/v1/compare", dependencies=key, responses=_PROBLEMS)
+    def compare(
+        first: _Image, second: _Image, first_landmarks: _Landmarks = None, second_landmarks: _Landmarks = None
+    ) -> Comparison:
+        """How similar two faces are."""
+        return Comparison(score=service.compare(read(first, first_landmarks), read(second, second_landmarks)))
+
+    @app.post("/v1/entries", status_code=201, dependencies=key, responses=_PROBLEMS)
+    def enrol(
+        image: _Image,
+        subject_id: _IdField,
+        entry_id: Annotated[_Id | None, Form(max_length=200, description="default: a new one")] = None,
+        landmarks: _Landmarks = None,
+    ) -> EnrolledEntry:
+        """Enrol one face; it is on disk when the answer comes."""
+        entry = service.enrol(read(image, landmarks), subject_id, entry_id)
+        return EnrolledEntry(entry_id=entry.entry_id, subject_id=entry.subject_id, norm=entry.norm)
+
+    @app.delete("/v1/entries", dependencies=key, responses={**_some(401, 403, 422), **_NOT_FOUND})
+    def remove_entry(entry_id: _IdQuery) -> Removed:
+        """Delete one entry."""
+        return Removed(entries=service.remove(entry_id=entry_id))
+
+    @app.delete("/v1/subjects", dependencies=key, responses={**_some(401, 403, 422), **_NOT_FOUND})
+    def remove_subject(subject_id: _IdQuery) -> Removed:
+        """Delete all entries of a subject."""
+        return Removed(entries=service.remove(subject_id=subject_id))
+
+
+def _match(found: Found, is_calibrated: bool) -> Match:
+    candidate, fpir = found.candidate, found.fpir
+    if not is_calibrated:
+        meaning = "the gallery is not calibrated: a score means nothing by itself"
+    elif fpir is None:
+        meaning = "below every calibrated threshold: take it as no match"
+    else:
+        meaning = f"a match at the threshold where {100 * fpir:g} % of strangers raise a false alarm"
+    return Match(
+        rank=candidate.rank,
+        subject_id=candidate.subject_id,
+        entry_id=candidate.entry_id,
+        score=candidate.score,
+        fpir=fpir,
+        meaning=meaning,
+    )

@@ -1,0 +1,267 @@
+"""The running service: bad clients, ten thousand garbage requests, a signal; and its page in a real browser."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from launch.cli import main
+from tests.helpers.checkpoints import write_checkpoint
+
+KEY = "a-key-of-sixteen-characters"
+
+
+@pytest.fixture(scope="module")
+def enrolled(tmp_path_factory, drawn_faces):
+    """Model and gallery of the first image of each drawn identity."""
+    folder = tmp_path_factory.mktemp("service")
+    write_checkpoint(folder / "run")
+    faces = folder / "gallery.npz"
+    assert main(["embed", str(folder / "run"), str(drawn_faces), "--take", "first", "--out", str(faces)]) == 0
+    assert main(["gallery", "build", str(folder / "gallery"), "--embeddings", str(faces)]) == 0
+    return folder
+
+
+@contextmanager
+def running(folder, *options):
+    """A service of its own gallery copy; yields process and address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "launch", "serve", "--model", str(folder / "run"), "--port", str(port)]
+    command += ["--gallery", str(folder / "gallery"), "--threads", "1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_until_up(process, address)
+            yield process, address
+        finally:
+            process.kill()
+
+
+def wait_until_up(process, address):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        try:
+            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise AssertionError("the service did not come up")
+
+
+@pytest.fixture
+def own_copy(enrolled, tmp_path):
+    shutil.copytree(enrolled, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def post(address, path, image, **fields):
+    files = {"image": ("face.jpg", image.read_bytes(), "image/jpeg")}
+    return httpx.post(f"{address}{path}", files=files, data=fields, timeout=60)
+
+
+def resident_mib(process):
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+def test_search_finds_an_enrolled_image_and_a_signal_ends_it_well(own_copy, drawn_faces):
+    face = sorted(next(iter(sorted(drawn_faces.iterdir()))).iterdir())[0]
+    with running(own_copy) as (process, address):
+        best = post(address, "/v1/search", face, top="1").json()["matches"][0]
+        assert best["subject_id"] == face.parent.name
+        assert best["score"] == pytest.approx(1, abs=1e-5)
+        assert post(address, "/v1/entries", face, subject_id="new one", entry_id="n/1").status_code == 201
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+    with running(own_copy) as (_, address):  # what was acknowledged is there
+        assert httpx.delete(f"{address}/v1/entries", params={"entry_id": "n/1"}).json() == {"entries": 1}
+
+
+def garbage(port, rng):
+    """One connection with something wrong on it; returns the first line of the answer."""
+    kinds = [
+        rng.randbytes(rng.randrange(1, 400)) + b"\r\n\r\n",
+        b"GET /" + rng.randbytes(20).hex().encode() + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nConnection: close\r\n\r\nxxxxx",
+        b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        b"Content-Length: 9\r\nConnection: close\r\n\r\n--b\r\nzzzz",
+        b"POST /v1/entries HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n",
+        b"DELETE /v1/entries?entry_id=%00%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"GET /v1/gallery HTTP/1.1\r\nHost: elsewhere\r\nConnection: close\r\n\r\n",
+    ]
+    with socket.create_connection(("127.0.0.1", port), 30) as connection:
+        connection.settimeout(30)
+        try:
+            connection.sendall(rng.choice(kinds))
+            return connection.recv(64)
+        except ConnectionError:
+            return b""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ten_thousand_garbage_requests_neither_crash_nor_leak(own_copy, drawn_faces):
+    face = next(drawn_faces.rglob("*.jpg"))
+    with running(own_copy) as (process, address):
+        port = int(address.rpartition(":")[2])
+
+        def batch(seed):
+            rng = random.Random(seed)
+            return [garbage(port, rng) for _ in range(100)]
+
+        with ThreadPoolExecutor(4) as pool:
+            first = [answer for answers in pool.map(batch, range(20)) for answer in answers]
+            after_2000 = resident_mib(process)
+            rest = [answer for answers in pool.map(batch, range(20, 100)) for answer in answers]
+        answers = first + rest
+        assert len(answers) == 10_000
+        assert not any(answer.startswith(b"HTTP/1.1 5") for answer in answers)
+        assert not any(answer.startswith(b"HTTP/1.1 2") for answer in answers)
+        assert sum(answer.startswith(b"HTTP/1.1 4") for answer in answers) > 9000
+        assert resident_mib(process) < after_2000 + 30  # 8,000 requests later
+        assert post(address, "/v1/search", face).status_code == 200
+
+
+@pytest.mark.slow
+def test_slow_clients_are_let_go_and_do_not_hold_up_others(own_copy, drawn_faces):
+    face = next(drawn_faces.rglob("*.jpg"))
+    with running(own_copy) as (_, address):
+        port = int(address.rpartition(":")[2])
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
+        for connection in slow[:25]:
+            connection.sendall(b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Le")
+        for connection in slow[25:]:
+            connection.sendall(b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx")
+        assert post(address, "/v1/search", face).status_code == 200
+        for connection in slow:
+            connection.settimeout(40)
+        assert all(connection.recv(100) == b"" for connection in slow[:25])
+        assert all(connection.recv(100).startswith(b"HTTP/1.1 408") for connection in slow[25:])
+        for connection in slow:
+            connection.close()
+
+
+def test_an_address_for_others_needs_a_key_and_a_port_in_use_is_named(enrolled, capsys):
+    command = ["serve", "--model", str(enrolled / "run"), "--gallery", str(enrolled / "gallery")]
+    assert main([*command, "--host", "0.0.0.0"]) == 2  # noqa: S104 - refused
+    assert "--key-file" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main([*command, "--port", str(port)]) == 2
+    assert f"--port {port} cannot be listened on" in capsys.readouterr().err
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Headless Chromium with a camera that shows a test picture."""
+    from selenium import webdriver
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = ["headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1100,900"]
+    flags += [
+        "use-fake-device-for-media-stream",
+        "use-fake-ui-for-media-stream",
+        f"user-data-dir={tmp_path / 'profile'}",
+    ]
+    for flag in flags:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    found.implicitly_wait(0)
+    yield found
+    found.quit()
+
+
+def wait(browser, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 60).until(condition)
+
+
+def text(browser, name):
+    from selenium.webdriver.common.by import By
+
+    return browser.find_element(By.ID, name).text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_page_searches_enrols_and_deletes(own_copy, drawn_faces, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    key_file = tmp_path / "key"
+    key_file.write_text(KEY)
+    faces = sorted(next(iter(sorted(drawn_faces.iterdir()))).iterdir())
+    with running(own_copy, "--key-file", str(key_file)) as (_, address):
+        browser.get(address)
+        wait(browser, lambda b: b.find_element(By.ID, "key-form").is_displayed())
+        browser.find_element(By.ID, "key").send_keys(KEY + "\n")
+        wait(browser, lambda b: "12 entries of 12 subjects" in text(b, "gallery"))
+        assert "Not calibrated" in text(browser, "thresholds")
+
+        browser.find_element(By.ID, "file").send_keys(str(faces[0]))
+        wait(browser, lambda b: b.find_element(By.ID, "search").is_enabled())
+        browser.find_element(By.ID, "search").click()
+        wait(browser, lambda b: len(b.find_elements(By.CSS_SELECTOR, "#matches li")) == 5)
+        first = browser.find_element(By.CSS_SELECTOR, "#matches li")
+        assert first.find_element(By.CLASS_NAME, "subject").text == faces[0].parent.name
+        assert first.find_element(By.CLASS_NAME, "score").text == "1.000"
+
+        browser.find_element(By.ID, "subject").send_keys("somebody <b>new</b>")
+        browser.find_element(By.ID, "enrol-button").click()
+        wait(browser, lambda b: "13 entries of 13 subjects" in text(b, "gallery"))
+        browser.find_element(By.ID, "search").click()
+        wait(browser, lambda b: "somebody <b>new</b>" in text(b, "matches"))  # as text, not as markup
+        screenshot(browser, "matches")
+
+        new = next(
+            line
+            for line in browser.find_elements(By.CSS_SELECTOR, "#matches li")
+            if line.find_element(By.CLASS_NAME, "subject").text == "somebody <b>new</b>"
+        )
+        new.find_element(By.TAG_NAME, "button").click()
+        browser.switch_to.alert.accept()
+        wait(browser, lambda b: "12 entries of 12 subjects" in text(b, "gallery"))
+
+        browser.find_element(By.ID, "camera").click()
+        wait(browser, lambda b: text(b, "camera") == "Take it" and b.find_element(By.ID, "guide").is_displayed())
+        screenshot(browser, "camera")
+        browser.find_element(By.ID, "camera").click()
+        wait(browser, lambda b: b.find_element(By.ID, "preview").is_displayed())
+        browser.find_element(By.ID, "search").click()
+        wait(browser, lambda b: text(b, "last").endswith("ms"))
+
+        browser.find_element(By.ID, "file").send_keys(str(key_file))
+        browser.find_element(By.ID, "search").click()
+        wait(browser, lambda b: "neither JPEG nor PNG" in text(b, "message"))
+        wait(browser, lambda b: text(b, "p99").endswith("ms"))
+        complaints = [line["message"] for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+        expected = ("401", "415")  # before the key, and the text file
+        assert [line for line in complaints if not any(code in line for code in expected)] == []
+
+
+def screenshot(browser, name):
+    """Kept where AROFACE_SCREENSHOTS names a folder, for a look at the page."""
+    folder = os.environ.get("AROFACE_SCREENSHOTS")
+    if folder:
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))

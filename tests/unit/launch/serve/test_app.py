@@ -1,0 +1,271 @@
+"""The HTTP interface on a small gallery, through the whole application."""
+
+import itertools
+import json
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+
+from aroface.errors import ConfigError, DataError
+from launch.cmd_serve import _access_key
+from launch.serve.app import create_app
+from launch.serve.guard import GuardSettings, is_loopback
+from launch.serve.service import FaceService
+from launch.serve.stats import ServiceStats
+from retrieval.baselines import PixelEmbedder
+from retrieval.embeddings import EmbeddingSet
+from retrieval.gallery import Gallery
+
+KEY = "0123456789abcdef"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+def face(seed):
+    """A smooth random picture: neighbouring pixels belong together, as in a face."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (14, 14, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (112, 112), interpolation=cv2.INTER_CUBIC)
+
+
+def png(pixels):
+    return cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes()
+
+
+def image(seed):
+    return ("face.png", png(face(seed)), "image/png")
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    embedder = PixelEmbedder()
+    enrolled = embedder.embed(np.stack([face(seed) for seed in range(4)]))
+    return Gallery.build(
+        tmp_path / "gallery",
+        enrolled,
+        np.array(["ann", "bob", "cid", "dan"]),
+        np.array(["ann/1", "bob/1", "cid/1", "dan/1"]),
+        model_id=embedder.model_id,
+        contract=embedder.contract,
+    )
+
+
+@pytest.fixture
+def client(gallery):
+    service = FaceService(PixelEmbedder(), gallery, ServiceStats())
+    app = create_app(service, GuardSettings(KEY, max_body_bytes=1 << 20))
+    with TestClient(app, headers=HEADERS) as client:
+        yield client
+
+
+def test_search_finds_the_enrolled_face_first(client):
+    answer = client.post("/v1/search", files={"image": image(1)}, data={"top": "3"})
+    assert answer.status_code == 200
+    found = answer.json()
+    assert [m["rank"] for m in found["matches"]] == [1, 2, 3]
+    best = found["matches"][0]
+    assert (best["subject_id"], best["entry_id"]) == ("bob", "bob/1")
+    assert best["score"] == pytest.approx(1, abs=1e-6)
+    assert not found["is_calibrated"]
+    assert "not calibrated" in best["meaning"]
+
+
+def test_enrol_search_delete(client, gallery):
+    added = client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": "eve", "entry_id": "eve/a"})
+    assert added.status_code == 201
+    assert added.json()["entry_id"] == "eve/a"
+    assert len(Gallery.open(gallery.directory)) == 5  # on disk when the answer has come
+    again = client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": "eve", "entry_id": "eve/a"})
+    assert again.status_code == 409
+    assert "eve/a" in again.json()["error"]
+    free = client.post("/v1/entries", files={"image": image(8)}, data={"subject_id": "eve"}).json()
+    assert free["entry_id"].startswith("eve/")
+    found = client.post("/v1/search", files={"image": image(9)}, data={"top": "1"}).json()["matches"]
+    assert found[0]["subject_id"] == "eve"
+    assert client.delete("/v1/entries", params={"entry_id": "eve/a"}).json() == {"entries": 1}
+    assert client.delete("/v1/entries", params={"entry_id": "eve/a"}).status_code == 404
+    assert client.delete("/v1/subjects", params={"subject_id": "eve"}).json() == {"entries": 1}
+    assert client.delete("/v1/subjects", params={"subject_id": "eve"}).status_code == 404
+    assert len(Gallery.open(gallery.directory)) == 4
+
+
+def test_compare_is_the_cosine_of_the_embeddings(client):
+    embeddings = PixelEmbedder().embed(np.stack([face(0), face(1)]))
+    answer = client.post("/v1/compare", files={"first": image(0), "second": image(1)})
+    assert answer.json()["score"] == pytest.approx(float(embeddings[0] @ embeddings[1]), abs=1e-6)
+
+
+def test_scores_get_the_meaning_that_was_calibrated(client, gallery):
+    strangers = PixelEmbedder().embed(np.stack([face(seed) for seed in range(100, 160)]))
+    subjects = np.array([f"stranger {row}" for row in range(60)])
+    calibrated = gallery.calibrate(EmbeddingSet(strangers, subjects), [0.1, 0.5])
+    service = FaceService(PixelEmbedder(), calibrated, ServiceStats())
+    with TestClient(create_app(service, GuardSettings(KEY)), headers=HEADERS) as client:
+        mate = client.post("/v1/search", files={"image": image(1)}, data={"top": "4"}).json()
+        assert mate["is_calibrated"]
+        assert mate["matches"][0]["fpir"] == 0.1
+        assert "10 % of strangers" in mate["matches"][0]["meaning"]
+        assert mate["matches"][3]["fpir"] is None
+        assert "below every calibrated threshold" in mate["matches"][3]["meaning"]
+        thresholds = client.get("/v1/gallery").json()["thresholds"]
+        assert thresholds == {f"{p.fpir:g}": p.threshold for p in calibrated.info.calibration}
+
+
+def test_many_requests_at_once_give_the_answers_of_single_ones(client):
+    """Each search is batched with others; every one must get its own answer."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(seed):
+        answer = client.post("/v1/search", files={"image": image(seed % 4)}, data={"top": str(1 + seed % 3)})
+        return [(m["subject_id"], m["rank"]) for m in answer.json()["matches"]]
+
+    single = [ask(seed) for seed in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(ask, range(12)))
+    assert together == single
+    text = client.get("/metrics").text
+    assert 'aroface_requests_total{route="/v1/search",status="200"} 24.0' in text
+    assert "aroface_gallery_entries 4.0" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "status", "message"),
+    [
+        ({}, {}, 422, "image"),
+        ({"top": "0"}, {"image": image(0)}, 422, "top"),
+        ({"level": "nobody"}, {"image": image(0)}, 422, "level"),
+        ({}, {"image": ("x.png", b"garbage", "image/png")}, 415, "neither JPEG nor PNG"),
+        ({}, {"image": ("x.png", png(np.zeros((112, 112, 3), np.uint8)), "image/png")}, 422, "shows no face"),
+        ({"landmarks": "[]"}, {"image": image(0)}, 422, "landmarks"),
+        ({}, {"image": ("x.png", bytes(2 << 20), "image/png")}, 413, "limit of 1 MiB"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(client, fields, files, status, message):
+    answer = client.post("/v1/search", data=fields, files=files)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]
+    assert client.post("/v1/search", files={"image": image(0)}).status_code == 200
+
+
+def test_an_empty_gallery_says_so(client):
+    for subject in ("ann", "bob", "cid", "dan"):
+        client.delete("/v1/subjects", params={"subject_id": subject})
+    answer = client.post("/v1/search", files={"image": image(0)})
+    assert answer.status_code == 409
+    assert "empty" in answer.json()["error"]
+    assert client.post("/v1/entries", files={"image": image(0)}, data={"subject_id": "ann"}).status_code == 201
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}])
+def test_without_the_key_only_page_and_health_answer(client, headers):
+    bare = TestClient(client.app, headers=headers)
+    for path in ("/v1/gallery", "/v1/status", "/metrics", "/openapi.json"):
+        answer = bare.get(path)
+        assert answer.status_code == 401, path
+        assert "access key" in answer.json()["error"]
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert bare.post("/v1/search", files={"image": image(0)}).status_code == 401
+    assert bare.get("/health").json() == {"status": "ok"}
+    assert "<title>aroface</title>" in bare.get("/").text
+
+
+def test_other_sites_are_refused(client):
+    answer = client.post("/v1/search", files={"image": image(0)}, headers={"Origin": "http://elsewhere.example"})
+    assert answer.status_code == 403
+    own = client.post("/v1/search", files={"image": image(0)}, headers={"Origin": "http://testserver"})
+    assert own.status_code == 200
+
+
+def test_without_a_key_only_names_of_this_machine_are_answered(gallery):
+    app = create_app(FaceService(PixelEmbedder(), gallery, ServiceStats()), GuardSettings(None))
+    with TestClient(app, base_url="http://localhost:8000") as local:
+        assert local.get("/v1/gallery").status_code == 200
+        assert local.get("/v1/gallery", headers={"Host": "rebound.example"}).status_code == 403
+        assert local.get("/v1/gallery", headers={"Host": "127.0.0.1.rebound.example"}).status_code == 403
+
+
+def test_loopback_names():
+    assert all(map(is_loopback, ("localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "127.example", "", "::", "example.localhost.org")))  # noqa: S104
+
+
+def test_a_model_that_is_not_the_gallerys_is_refused(gallery):
+    class Other(PixelEmbedder):
+        model_id = "another"
+
+    with pytest.raises(DataError, match="another"):
+        FaceService(Other(), gallery, ServiceStats())
+
+
+def test_the_page_runs_no_script_of_others(client):
+    answer = client.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in answer.text.replace("http://www.w3.org", "")
+    for name in ("page.css", "page.js"):
+        assert client.get(f"/{name}").status_code == 200
+
+
+def test_the_key_file_is_checked(tmp_path):
+    path = tmp_path / "key"
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0 can be reached from other machines"):
+        _access_key(None, needs_one=True, host="0.0.0.0")  # noqa: S104 - refused
+    assert _access_key(None, needs_one=False, host="localhost") is None
+    path.write_text("short\n")
+    with pytest.raises(ConfigError, match="5 characters"):
+        _access_key(path, needs_one=False, host="localhost")
+    path.write_text(f"{KEY}\n")
+    assert _access_key(path, needs_one=True, host="0.0.0.0") == KEY  # noqa: S104 - an address as text
+    with pytest.raises(ConfigError, match="cannot be read"):
+        _access_key(tmp_path / "missing", needs_one=True, host="localhost")
+
+
+def test_the_description_is_openapi(client):
+    schema = client.get("/openapi.json").json()
+    assert set(schema["paths"]) == {
+        *("/health", "/metrics", "/v1/gallery", "/v1/status"),
+        *("/v1/search", "/v1/compare", "/v1/entries", "/v1/subjects"),
+    }
+    assert json.dumps(schema).count("access key") >= 1
+
+
+@pytest.mark.slow
+def test_generated_requests_are_answered_as_described(client):
+    """schemathesis draws requests, valid and not: no crash, and no answer that the description lacks."""
+    schema = schemathesis.openapi.from_asgi("/openapi.json", client.app, headers=HEADERS)
+    tried, statuses = Counter(), Counter()
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        takes_input = bool(operation.body) or any(True for _ in operation.iter_parameters())
+        for mode in GenerationMode if takes_input else [GenerationMode.POSITIVE]:
+            statuses += generated_requests(operation, mode)
+        tried[operation.label] += 1
+    assert len(tried) == 9
+    assert {200, 415, 422} <= statuses.keys()
+    assert max(statuses) < 500
+
+
+def generated_requests(operation, mode):
+    """Statuses of 20 drawn requests; every second valid search gets a real image."""
+    statuses = Counter()
+    turns = itertools.cycle([True, False])
+
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case):
+        is_search = operation.label == "POST /v1/search" and isinstance(case.body, dict)
+        excluded = [positive_data_acceptance]  # a schema cannot tell which bytes are an image
+        if is_search and mode is GenerationMode.POSITIVE and next(turns):
+            case.body = {**case.body, "image": png(face(1))}
+            excluded.append(negative_data_rejection)  # the case no longer is what was drawn
+        response = case.call_and_validate(headers=HEADERS, excluded_checks=excluded)
+        statuses[response.status_code] += 1
+
+    check()
+    return statuses
