@@ -9,7 +9,7 @@ import numpy as np
 from aroface.files import atomic_path
 from launch.study.design import Study
 from launch.study.summary import ALL_HEADS, METRICS, Difference, Row, Summary
-from retrieval.report.plots import COLOURS, GRID, INK, MUTED
+from retrieval.report.style import COLOURS, GRID, INK, MUTED
 
 __all__ = ["draw", "to_json", "to_markdown"]
 
