@@ -37,6 +37,7 @@ __all__ = [
     "RunPosition",
     "Snapshot",
     "TensorFile",
+    "head_contents",
     "initial_checkpoint",
     "load_backbone",
     "load_head",
@@ -122,7 +123,7 @@ def take_snapshot(
     is_first = head.rank == 0
     weights = engine.weights(settle=True, is_wanted=is_first)
     momentum = engine.momentum(is_wanted=is_first)
-    files = {head_file(head.rank, head.world_size): _head_contents(head, head_optimizer)}
+    files = {head_file(head.rank, head.world_size): head_contents(head, head_optimizer)}
     if task_state:
         files[task_file(head.rank, head.world_size)] = TensorFile(dict(task_state), {})
     state = None
@@ -169,7 +170,8 @@ def _inference_metadata(position: RunPosition, config: TrainConfig) -> dict[str,
     }
 
 
-def _head_contents(head: ShardedHead, optimizer: HeadSGD) -> TensorFile:
+def head_contents(head: ShardedHead, optimizer: HeadSGD) -> TensorFile:
+    """Copies of the centres of this rank, their momentum and the running statistics."""
     named = {
         "weight": head.weight,
         "momentum": optimizer.momentum_buffer,

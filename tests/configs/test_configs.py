@@ -8,9 +8,11 @@ import torch
 from aroface.config import TrainConfig, dump_config, load_config, parse_config
 from aroface.config.load import read_yaml
 from aroface.models import build_backbone
+from launch.study.design import load_study
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/recipes/*.yaml")])
+STUDIES = [ROOT / "configs" / "study" / "alignment.yaml"]
+FILES = sorted({*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/recipes/*.yaml")} - set(STUDIES))
 HEADER = ("# Source:", "# Expected:", "# Hardware:", "# Command:")
 
 
@@ -33,3 +35,9 @@ def test_loads_builds_and_survives_a_round_trip(path):
     with torch.device("meta"):
         backbone = build_backbone(config.model)
     assert sum(p.numel() for p in backbone.parameters()) > 0
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_run_of_a_study_is_a_whole_configuration(path):
+    names = [run.name for run in load_study(path).runs()]  # each is checked on the way
+    assert len(set(names)) == len(names) > 0

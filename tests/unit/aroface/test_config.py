@@ -52,7 +52,7 @@ def test_duplicate_keys_and_broken_yaml_are_refused():
         ("data.augment.flp=0.5", "data.augment.flp is not a setting; did you mean flip?"),
         ("model.depth=51", "model.depth = 51: input should be 18, 34, 50, 100 or 200."),
         ("head.margin=2", "head.margin = 2: input should be less than or equal to 1.57."),
-        ("head.kind=foo", "does not match any of the expected tags: 'arcface', 'adaface'"),
+        ("head.kind=foo", "does not match any of the expected tags: 'arcface', 'cosface', 'combined', 'adaface',"),
         ("batch.global_batch=010", "batch.global_batch = '010': input should be a valid integer."),
         ("schedule.warmup_epochs=3", "leaves nothing of schedule.epochs"),
     ],

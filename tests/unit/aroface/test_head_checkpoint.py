@@ -3,9 +3,10 @@
 import pytest
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import save_file
 
 from aroface.config.head import HeadConfig
-from aroface.engine.checkpoint import _save_head, load_head
+from aroface.engine.checkpoint import head_contents, load_head
 from aroface.engine.checkpoint_layout import head_file
 from aroface.errors import CheckpointError
 from aroface.heads import HeadSGD, build_head
@@ -30,7 +31,8 @@ def save(folder, name, ranks):
             optimizer.momentum_buffer.copy_(torch.randn(len(head.weight), DIM))
             for i, value in enumerate(head.statistics().values()):
                 value.fill_(1.25 + i)
-        _save_head(folder / head_file(rank, ranks), head, optimizer)
+        contents = head_contents(head, optimizer)
+        save_file(contents.tensors, folder / head_file(rank, ranks), metadata=contents.metadata)
         weights.append(head.weight.detach())
         momenta.append(optimizer.momentum_buffer)
         statistics = {key: float(value) for key, value in head.statistics().items()}
