@@ -70,7 +70,7 @@ def arc_margin(
     Returns:
         (N,) target logits before the scale.
 
-    Source: ArcFace, arXiv:1801.07698, Eq. 3; MagFace, arXiv:2103.06627, Eq. 2.
+    Source: ArcFace, arXiv:1801.07698, Eq. 3; MagFace, arXiv:2103.06627.
     """
     shifted = shifted_cosines(cosines, margin)
     angle = torch.as_tensor(margin, dtype=cosines.dtype, device=cosines.device)
@@ -88,7 +88,7 @@ def arc_margin(
 
 
 def cos_margin(cosines: Tensor, margin: float) -> Tensor:
-    """cos(theta) - m. Source: CosFace, arXiv:1801.09414, Eq. 4."""
+    """cos(theta) - m. Source: CosFace, arXiv:1801.09414."""
     return cosines - margin
 
 
@@ -116,7 +116,7 @@ def combined_margin(
     Returns:
         (N,) target logits before the scale.
 
-    Source: ArcFace, arXiv:1801.07698, Eq. 4; psi from SphereFace, arXiv:1704.08063, Eq. 6.
+    Source: ArcFace, arXiv:1801.07698, Eq. 4; psi from SphereFace, arXiv:1704.08063.
     """
     theta = torch.atan2(_sines(cosines), cosines)  # acos has no finite derivative at 0 and pi
     angle = m1 * theta + m2
@@ -155,7 +155,7 @@ def ada_margin(cosines: Tensor, margin: float, scaler: Tensor, *, gradient: Marg
 def mag_margins(norms: Tensor, norm_range: tuple[float, float], margin_range: tuple[float, float]) -> Tensor:
     """MagFace's margin, radians: linear in the norm between the two ranges, constant outside; differentiable.
 
-    Source: MagFace, arXiv:2103.06627, section 4.1.
+    Source: MagFace, arXiv:2103.06627, and its released code.
     """
     low, high = norm_range
     first, last = margin_range
@@ -165,7 +165,7 @@ def mag_margins(norms: Tensor, norm_range: tuple[float, float], margin_range: tu
 def mag_regulariser(norms: Tensor, norm_range: tuple[float, float]) -> Tensor:
     """MagFace's g(a) = 1 / a + a / u_a^2 of norms clipped to [l_a, u_a]; falls up to u_a. Differentiable.
 
-    Source: MagFace, arXiv:2103.06627, appendix B, and its released code.
+    Source: MagFace, arXiv:2103.06627, and its released code.
     """
     low, high = norm_range
     clipped = norms.clamp(low, high)

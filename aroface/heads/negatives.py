@@ -29,7 +29,7 @@ class NegativeRule(Protocol):
 class CurricularNegatives:
     """cos (t + cos) for negatives that are nearer than the target with its margin, cos for all others.
 
-    Which negatives are hard is not differentiated, and neither is t. Source: CurricularFace, arXiv:2004.00288, Eq. 5.
+    Which negatives are hard is not differentiated, and neither is t. Source: CurricularFace, arXiv:2004.00288.
     """
 
     thresholds: Tensor  #: (N,) cos(theta_target + m) of every row

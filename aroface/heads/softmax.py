@@ -79,11 +79,12 @@ def _chunk(embeddings: Tensor, weights: Tensor, targets: Tensor, settings: Softm
     weights = weights[start : start + settings.chunk_classes]
     lengths = weights.norm(dim=1, keepdim=True).clamp_min(_MIN_LENGTH)
     unit = weights / lengths
-    logits = cosines_of(embeddings, unit, settings.precision)
     slopes = None
     if settings.rule:
-        logits, slopes = settings.rule(logits)
-    logits *= settings.logit_scale
+        logits, slopes = settings.rule(cosines_of(embeddings, unit, settings.precision))
+        logits *= settings.logit_scale
+    else:
+        logits = cosines_of(settings.logit_scale * embeddings, unit, settings.precision)  # saves a pass over (N, K)
     column = targets - start
     is_inside = (column >= 0) & (column < len(weights))
     column = column.clamp(0, len(weights) - 1)[:, None]
@@ -129,8 +130,8 @@ class _ClassTerms(torch.autograd.Function):
             shares = operand(shares, settings.precision)
             grad_embeddings += product(shares, operand(chunk.unit, settings.precision))
             if grad_weights is not None:
-                grad_unit = product(shares.T, weighted)
-                _through_length(grad_unit, chunk.unit, chunk.lengths, out=grad_weights[start : start + len(chunk.unit)])
+                out = grad_weights[start : start + len(chunk.unit)]
+                _through_length(product(shares.T, weighted), chunk.unit, chunk.lengths, out=out)
         grad_embeddings *= factor
         _add_target_gradient(embeddings, weights, targets, grad_outputs[1], grad_embeddings, grad_weights)
         return grad_embeddings, grad_weights, None, None
@@ -146,7 +147,7 @@ def _logsumexp_(logits: Tensor) -> Tensor:
 def _through_length(grad_unit: Tensor, unit: Tensor, lengths: Tensor, *, out: Tensor) -> None:
     """Gradient of centres from the gradient of the same at unit length."""
     radial = (grad_unit * unit).sum(1, keepdim=True)
-    torch.div(grad_unit.sub_(unit * radial), lengths, out=out)
+    torch.addcmul(grad_unit, unit, radial, value=-1, out=out).div_(lengths)
 
 
 def _add_target_gradient(

@@ -5,6 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from aroface.config.schema import ArcFaceConfig
+from aroface.heads import build_head
+from launch.bench.head_peer import peer_loss, plain_loss
+from launch.bench.head_ranks import expected_bytes, traffic
 from launch.bench.peers import arcface_batches, webdataset_batches
 from launch.bench.records import RecordWriter
 from launch.cli import main
@@ -34,6 +38,49 @@ def test_the_protocols_are_measured(tmp_path: Path) -> None:
     figures = {figure["name"]: figure for figure in json.loads(out.read_text())["figures"]}
     assert len(figures) == 12
     assert all(figure["value"] > 0 for figure in figures.values())
+
+
+@pytest.mark.slow
+def test_the_head_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "head.json"
+    sizes = ["--batch", "16", "--classes", "400", "--rounds", "1"]
+    assert main(["bench", "head", *sizes, "--out", str(out)]) == 0
+    figures = {figure["name"]: figure for figure in json.loads(out.read_text())["figures"]}
+    assert all(np.isfinite(figure["value"]) for figure in figures.values())
+    exact = [name for name in figures if "off by" in name and "bf16" not in name]
+    assert len(exact) == 10
+    assert all(figures[name]["reached"] for name in exact)
+
+
+@pytest.mark.slow
+def test_exchanges_of_the_head_are_as_few_and_as_small_as_the_formula_says() -> None:
+    kinds = {"arcface": 3, "cosface": 3, "combined": 3, "adaface": 3, "magface": 3, "curricularface": 4}
+    found = traffic(tuple(kinds), ranks=3, images=5)
+    assert found == {kind: (calls, expected_bytes(kind, ranks=3, images=5)) for kind, calls in kinds.items()}
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+def test_the_other_head_computes_what_ours_computes(sample_rate: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 40, (64,), generator=generator)
+    inputs = [torch.randn(rows, 16, generator=generator).requires_grad_() for rows in (64, 40)]
+    if sample_rate < 1:  # all classes are positives, so that both heads must take all of them
+        labels[:40] = torch.arange(40)
+    losses = [peer_loss(*inputs, labels, scale=32.0, margin=0.5, sample_rate=sample_rate)]
+    losses += [plain_loss(*inputs, labels, scale=32.0, margin=0.5)]
+    config = ArcFaceConfig(
+        kind="arcface", logit_scale=32.0, margin=0.5, margin_gradient="straight_through", continuation="plain"
+    )
+    head = build_head(config, num_classes=40, embedding_dim=16, seed=0)
+    head.weight = torch.nn.Parameter(inputs[1].detach().clone())
+    own = [inputs[0], head.weight]
+    gradients = [torch.autograd.grad(loss, inputs) for loss in losses]
+    losses.append(head(inputs[0], labels, step=0))
+    gradients.append(torch.autograd.grad(losses[-1], own))
+    for loss, found in zip(losses, gradients, strict=True):
+        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=0)
+        for one, other in zip(found, gradients[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_peers_deliver_what_we_deliver(tmp_path: Path) -> None:

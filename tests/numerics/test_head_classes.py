@@ -11,6 +11,7 @@ from aroface.config.load import parse_config
 from aroface.config.schema import ArcFaceConfig
 from aroface.errors import ConfigError
 from aroface.heads import HeadSGD, build_head, class_range
+from aroface.heads.products import cosines_of
 from aroface.heads.softmax import SoftmaxSettings, class_terms, target_cosines
 
 
@@ -162,3 +163,14 @@ def test_kinds_with_nothing_but_their_name_are_those_of_their_papers():
     )
     assert (curricular.margin, curricular.logit_scale, curricular.statistics_momentum) == (0.5, 64.0, 0.01)
     assert (mag.lower_norm, mag.upper_norm, mag.lower_margin, mag.upper_margin) == (10.0, 110.0, 0.45, 0.8)
+
+
+def test_bf16_rounds_the_factors_of_the_logits_and_nothing_else():
+    rows, centres = (torch.nn.functional.normalize(torch.randn(count, 64)) for count in (32, 48))
+    before = torch.get_float32_matmul_precision()
+    found = cosines_of(rows, centres, "bf16").double()
+    rounded = rows.bfloat16().double() @ centres.bfloat16().double().T
+    exact = rows.double() @ centres.double().T  # what a processor without bf16 units computes
+    assert min((found - rounded).abs().max(), (found - exact).abs().max()) < 1e-6
+    assert torch.get_float32_matmul_precision() == before
+    torch.testing.assert_close((rows @ centres.T).double(), exact, rtol=0, atol=1e-6)
