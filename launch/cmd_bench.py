@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "launch.bench.loader",
         "packing, opening and reading shards, beside arcface_torch and webdataset",
     ),
+    "engine": ("launch.bench.engine", "a training step at each ZeRO stage, beside bare PyTorch DDP"),
     "protocols": ("launch.bench.protocols", "IJB-C, TinyFace and IJB-S at their real size, after embedding"),
 }
 
