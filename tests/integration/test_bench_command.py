@@ -83,6 +83,16 @@ def test_the_other_head_computes_what_ours_computes(sample_rate: float) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_the_engine_is_measured_beside_ddp(tmp_path: Path) -> None:
+    out = tmp_path / "engine.json"
+    sizes = ["--ranks", "1", "--width", "0.125", "--image-size", "16", "--batch-size", "4", "--stages", "0,2"]
+    assert main(["bench", "engine", *sizes, "--steps", "1", "--rounds", "1", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert set(record["variants"]) == {"DDP", "ZeRO 0", "ZeRO 2"}
+    assert all(figure["value"] > 0 for figure in record["figures"] if figure["unit"] == "x")
+
+
 def test_the_peers_deliver_what_we_deliver(tmp_path: Path) -> None:
     from aroface.images import decode_rgb
 

@@ -1,0 +1,149 @@
+"""What goes wrong on one of two ranks: nobody is left waiting, nothing bad is applied, and the run goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aroface.errors import ArofaceError
+from shards.pack import PackOptions, pack
+from shards.synthetic import write_synthetic
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.training import COMPARABLE, PARTITIONED, train
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "smoke" / "tiny.yaml"
+ENDLESS = ("schedule.epochs=100000", "checkpoint.every_steps=5", "log.every_steps=1")
+PATIENCE_S = 300
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    write_synthetic(folder / "faces", identities=12, images_per_identity=6, seed=0)
+    pack(folder / "faces", folder / "shards", PackOptions())
+    return folder / "shards"
+
+
+@contextmanager
+def two_ranks(run, shards, *settings, options=()):
+    """The training on two ranks, as processes; killed at the end whatever happens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launch", "train", str(CONFIG), f"data.shards={shards}", *settings]
+    processes = [
+        subprocess.Popen(
+            [*command, "--run", str(run), *options],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for(condition, processes):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), "a rank ended before its time"
+        time.sleep(0.05)
+
+
+def steps(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on(tmp_path, shards):
+    run = tmp_path / "run"
+    with two_ranks(run, shards, *ENDLESS) as (first, second):
+        wait_for(lambda: len(list(run.glob("step-*"))) >= 2, (first, second))
+        second.send_signal(signal.SIGKILL)
+        _, told = first.communicate(timeout=PATIENCE_S)
+        assert first.returncode == 2
+        assert "lost the other ranks after step" in told
+        assert "give the same command again to continue" in told
+    reached = steps(run)[-1]
+    with two_ranks(run, shards, *ENDLESS) as processes:
+        wait_for(lambda: steps(run) and steps(run)[-1] >= reached + 1, processes)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=PATIENCE_S)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0]
+        resumed = int(told[0].split("at step ")[1].split(" ")[0])
+        # the save before the kill may have been under way: the interval, and the steps that ran beside it
+        assert reached - resumed < 2 * 5
+    last = sorted(run.glob("step-*"))[-1]
+    assert json.loads((last / "state.json").read_text())["step"] == steps(run)[-1]
+
+
+def test_a_hung_rank_ends_the_job_within_the_set_time(tmp_path, shards):
+    run = tmp_path / "run"
+    with two_ranks(run, shards, *ENDLESS, "engine.timeout_s=20") as (first, second):
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps(run)) >= 2, (first, second))
+        second.send_signal(signal.SIGSTOP)
+        _, told = first.communicate(timeout=PATIENCE_S)
+        assert first.returncode == 2
+        assert "engine.timeout_s = 20 s" in told or "2 x engine.timeout_s" in told
+        second.send_signal(signal.SIGCONT)
+        second.communicate(timeout=PATIENCE_S)
+        assert second.returncode == 2
+
+
+def test_never_does_not_trip_over_the_files_of_the_other_rank(tmp_path, shards):
+    with two_ranks(tmp_path / "run", shards, "schedule.epochs=1", options=("--resume", "never")) as processes:
+        for process in processes:
+            process.communicate(timeout=PATIENCE_S)
+        assert [process.returncode for process in processes] == [0, 0]
+
+
+def diverge(rank, ranks, root):
+    """A rate that blows the weights up at the first step, so that the second loss is not finite."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        wild = ("optim.lr_per_1024=1e38", "optim.clip_norm=null", "checkpoint.every_steps=1")
+        try:
+            train(root / str(stage), *COMPARABLE, PARTITIONED, *wild, f"engine.zero_stage={stage}")
+            found[stage] = "went on"
+        except ArofaceError as error:
+            found[stage] = str(error)
+    return found
+
+
+def test_a_loss_that_is_not_finite_stops_both_ranks_before_the_update(tmp_path):
+    results = run_on_ranks(diverge, 2, tmp_path, timeout_s=600)
+    for stage in (0, 1, 2, 3):
+        names = []
+        for rank, result in enumerate(results):
+            assert "is not finite" in result[stage]
+            assert f"on rank {rank}" in result[stage]
+            names.append(result[stage].split("begins with ")[1].split(". Look")[0])
+            assert names[-1].startswith("drawn: ")
+        assert names[0] != names[1]
+        step = {result[stage].split(":")[0] for result in results}
+        assert len(step) == 1
+        for directory in (tmp_path / str(stage)).glob("step-*"):
+            weights = load_file(directory / "optimizer.safetensors").values()
+            assert all(torch.isfinite(value).all() for value in weights)
