@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("launch.cmd_verify", "decode, hash and count every sample of a shard directory"),
     "train": ("launch.cmd_train", "train a model from one configuration file"),
     "launch": ("launch.cmd_launch", "the same training over one or several nodes, checked before it starts"),
+    "plan": ("launch.cmd_plan", "memory, communication and time of a configuration on N GPUs, on paper"),
     "attack": ("launch.cmd_attack", "show what the alignment attack does to training images"),
     "export": ("launch.cmd_export", "checkpoint -> ONNX, with a parity gate"),
     "embed": ("launch.cmd_embed", "images -> embeddings (.npz), with a checkpoint or an ONNX file"),
