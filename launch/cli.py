@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "study": ("launch.cmd_study", "compare alignment attacks by many small trainings"),
     "checkpoint": ("launch.cmd_checkpoint", "look at checkpoints, check them, thin them out"),
     "launch": ("launch.cmd_launch", "the same training over one or several nodes, checked before it starts"),
+    "plan": ("launch.cmd_plan", "memory, communication and time of a configuration on N GPUs, on paper"),
     "attack": ("launch.cmd_attack", "show what the alignment attack does to training images"),
     "import": ("launch.cmd_import", "weights of arcface_torch, AdaFace, CVLface -> checkpoint, and back"),
     "export": ("launch.cmd_export", "checkpoint -> ONNX, with a parity gate"),
