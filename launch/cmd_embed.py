@@ -12,10 +12,12 @@ it takes the parts that nobody works on. Every command that reads an embedding f
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,16 +246,7 @@ def _start_processes(args: argparse.Namespace) -> int:
         subprocess.Popen(command, env={**os.environ, _WORKER: str(number), **_device(devices, number)})
         for number in range(args.processes)
     ]
-    try:
-        while any(worker.poll() is None for worker in workers):
-            if any(worker.returncode == _USER_ERROR for worker in workers):
-                break  # its message stands on stderr, and the others would only repeat it
-            time.sleep(_WATCH_S)
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.terminate()
-            worker.wait()
+    _watch(workers, args.out)
     if any(worker.returncode == _USER_ERROR for worker in workers):
         return _USER_ERROR
     lost = [worker.returncode for worker in workers if worker.returncode]
@@ -270,6 +263,32 @@ def _start_processes(args: argparse.Namespace) -> int:
     _say_done(args)
     print(f"  {args.processes} processes, {time.perf_counter() - started:.1f} s with starting them")
     return 0
+
+
+def _watch(workers: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> None:
+    """Show what all of them have done until they end; none outlives this process, unless it is killed outright."""
+    from launch.progress import Progress
+    from retrieval.parted_extraction import extraction_progress
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with ExitStack() as stack:
+            progress: Progress | None = None
+            while any(worker.poll() is None for worker in workers):
+                if any(worker.returncode == _USER_ERROR for worker in workers):
+                    break  # its message stands on stderr, and the others would only repeat it
+                if (state := extraction_progress(folder)) is not None:
+                    progress = progress or stack.enter_context(Progress("Embed", total=state[1], unit="images"))
+                    progress.update(state[0])
+                time.sleep(_WATCH_S)
+            if progress is not None and (state := extraction_progress(folder)) is not None:
+                progress.update(state[0])
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+            worker.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _devices() -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from launch.evaluate_options import positive, rates
 from launch.fae_sets import SETS, TASKS
+from launch.training_overlap import add_trained_on, overlap_warnings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--far", type=rates, default=rates("1e-2"), metavar="RATE", help="of false matches (1e-2)")
     parser.add_argument("--fpir", type=rates, default=rates("0.1"), metavar="RATE", help="of false alarms (0.1)")
+    add_trained_on(parser)
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     embedder = open_embedder(args.model, threads=args.threads, batch_size=args.batch)
     with Progress("FAE-1", total=num_forward_images(data_set, settings), unit="images") as progress:
         record = evaluate_fae_set(embedder, faces, data_set, settings, on_progress=progress.update)
+    record["warnings"] += overlap_warnings(args, faces.identities)
     files = [*data_set.files, *([args.faces] if args.faces is not None and args.faces.is_file() else [])]
     record["inputs"] = {"faces": str(args.faces), "files": file_hashes(files)}
     write_result(args.out, record)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.evaluate_options import counts, positive
+from launch.training_overlap import add_trained_on, overlap_warnings
 
 if TYPE_CHECKING:
     from aroface.types import Embedder, FaceSet
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--severity", type=float, default=0.5, metavar="0..1", help="of the alignment error (%(default)s)"
     )
+    add_trained_on(parser)
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     record = records.pop("model")
     record["baselines"] = records
     record["counts"]["missing_pairs"] = len(missing)
-    record["warnings"] += missing
+    record["warnings"] += [*missing, *overlap_warnings(args, faces.identities)]
     files = [path for path in (args.faces, args.pairs) if path is not None and path.is_file()]
     record["inputs"] = {"faces": str(args.faces), "files": file_hashes(files)}
     write_result(args.out, record)

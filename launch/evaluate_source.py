@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ConfigError
 from launch.evaluate_options import positive, print_record
+from launch.training_overlap import add_trained_on, overlap_warnings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +47,7 @@ def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
         metavar="ID",
         help="how the crops were aligned, kept in the result: numbers of two alignments do not compare",
     )
+    add_trained_on(group)
     group.add_argument(
         "--quality",
         type=Path,
@@ -121,6 +123,8 @@ def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | 
     from retrieval.quality_file import QualityFile
 
     collection = _opened(args, stack, total)
+    folders = (key.rpartition("/")[0].rpartition("/")[2] for key in collection.keys)
+    args.warnings = overlap_warnings(args, (name for name in folders if name))
     return collection if args.quality is None else RatedCollection(collection, QualityFile(args.quality).rate)
 
 
@@ -217,7 +221,7 @@ def finish(
         rule,
         counts=counts,
         **parts,
-        warnings=[*warnings, *unknown],
+        warnings=[*warnings, *getattr(args, "warnings", ()), *unknown],
         inputs={"files": file_hashes(read), "model": dict(model)},
         preprocessing=prepared,
         **more,

@@ -24,7 +24,7 @@ from aroface.files import read_json, write_json
 from retrieval.embedding_files import INDEX_NAME, write_embeddings, write_index
 from retrieval.embeddings import EmbeddingSet
 
-__all__ = ["PartedExtraction", "part_bounds"]
+__all__ = ["PartedExtraction", "extraction_progress", "part_bounds"]
 
 _JOB_NAME = "job.json"
 _PARTS = "parts"
@@ -41,6 +41,20 @@ def part_bounds(num_rows: int, *, images_per_part: int, groups: Sequence[int] | 
         else:
             bounds[-1] = (bounds[-1][0], row + 1)
     return bounds
+
+
+def extraction_progress(folder: Path) -> tuple[int, int] | None:
+    """(rows done, rows in all) of an extraction that any process has begun; None before that."""
+    path = folder / _JOB_NAME
+    if not path.is_file():
+        return None
+    bounds = read_json(path)["bounds"]
+    done = sum(stop - start for number, (start, stop) in enumerate(bounds) if _part_path(folder, number).is_file())
+    return done, bounds[-1][1] if bounds else 0
+
+
+def _part_path(folder: Path, number: int) -> Path:
+    return folder / _PARTS / f"part-{number:05d}.npz"
 
 
 class PartedExtraction:
@@ -141,7 +155,7 @@ class PartedExtraction:
                 left_over.unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
-        return self._folder / _PARTS / f"part-{number:05d}.npz"
+        return _part_path(self._folder, number)
 
 
 @contextlib.contextmanager

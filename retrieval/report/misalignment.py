@@ -1,5 +1,6 @@
 """FAE-1 in a report: accuracy against misalignment, several models in each figure, both policies for the threshold."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def misalignment_blocks(group: Group) -> list[Block]:
     else:
         for key, name in accuracy.items():
             caption = f"{name}. {_RECALIBRATED.format(whose=whose)}"
-            blocks.append(_sweep_plot(group, key.replace("@", "-"), systems, {key: name}, caption))
+            blocks.append(_sweep_plot(group, re.sub(r"\W+", "-", key), systems, {key: name}, caption))
     for pair, what in ((_PAIRS, _FROZEN_PAIRS), (_SEARCHES, _FROZEN_SEARCHES)):
         if all(key in keys for key in pair):
             kind = "frozen" if pair is _PAIRS else "frozen-searches"
@@ -61,9 +62,10 @@ def _sweep_plot(
     caption: str,
 ) -> Plot:
     is_error = all(key in _FROZEN for key in metrics)
+    y = "error rate" if is_error else "share of probes or pairs [%]"
     return Plot(
         f"{group.prefix}-{kind}",
-        plot_misalignment(systems, metrics, y="error rate [%]" if is_error else "share of probes or pairs [%]"),
+        plot_misalignment(systems, metrics, y=y, is_log=is_error),
         alt=f"{' and '.join(metrics.values())} against angle, shift, scale, combined severity and landmark error.",
         caption=caption,
     )

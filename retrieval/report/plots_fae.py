@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.report.style import COLOURS, INK, label, legend_above, marked_style, new_figure
+from retrieval.report.style import COLOURS, INK, label, legend_above, marked_style, new_figure, rate_axis
 
 __all__ = ["plot_change_bars", "plot_misalignment"]
 
 _DASHED = (0, (4, 2))
+_FOOT = 1e-4
 
 
-def plot_misalignment(systems: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, str], *, y: str) -> Any:
+def plot_misalignment(
+    systems: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, str], *, y: str, is_log: bool = False
+) -> Any:
     """One panel per sweep: metrics in percent against the amount of misalignment, with +- one sd over trials.
 
     A system has a colour; of two metrics the second is dashed. With one system every metric has its own colour.
@@ -22,12 +25,13 @@ def plot_misalignment(systems: Mapping[str, Sequence[Mapping[str, Any]]], metric
         systems: label -> sweeps {name, unit, points: [{severity, metrics: {metric: mean}, sd: {metric: sd or None}}]}.
         metrics: key of the metric -> its label.
         y: label of the y axes.
+        is_log: rates of very different size, on a logarithmic axis; zeros are drawn at its foot.
     """
     sweeps = next(iter(systems.values()))
     columns = min(2, len(sweeps))
     rows = math.ceil(len(sweeps) / columns)
     figure, panels = new_figure(rows, columns, (7.0, 2.6 * rows + 0.5), sharey=True)
-    highest = 0.0
+    highest, lowest = 0.0, 1.0
     for number, axes in enumerate(panels.flat[: len(sweeps)]):
         for place, (system, own) in enumerate(systems.items()):
             points = sorted(own[number]["points"], key=lambda point: float(point["severity"]))
@@ -37,6 +41,9 @@ def plot_misalignment(systems: Mapping[str, Sequence[Mapping[str, Any]]], metric
                 means = 100 * np.array([point["metrics"][key] for point in points])
                 spread = 100 * np.array([point["sd"][key] or 0.0 for point in points])
                 highest = max(highest, float(means.max()))
+                lowest = min([lowest, *(means[means > 0] / 100).tolist()])
+                if is_log:
+                    means = np.maximum(means / 100, _FOOT)
                 alone = len(systems) == 1
                 style = marked_style(turn if alone else place)
                 if not alone and turn:
@@ -44,7 +51,7 @@ def plot_misalignment(systems: Mapping[str, Sequence[Mapping[str, Any]]], metric
                 axes.errorbar(
                     [point["severity"] for point in points],
                     means,
-                    yerr=spread if spread.any() else None,
+                    yerr=spread if spread.any() and not is_log else None,
                     label=name if alone else f"{system}: {name}" if len(metrics) > 1 else system,
                     capsize=2,
                     elinewidth=1,
@@ -53,7 +60,10 @@ def plot_misalignment(systems: Mapping[str, Sequence[Mapping[str, Any]]], metric
         sweep = sweeps[number]
         label(axes, f"{sweep['name']} [{sweep['unit']}]" if sweep["unit"] else sweep["name"], "")
     for axes in panels.flat[: len(sweeps)]:
-        axes.set_ylim(0, 102 if highest > 40 else max(1.15 * highest, 1))
+        if is_log:
+            rate_axis(axes, "y", max(lowest / 1.5, _FOOT))
+        else:
+            axes.set_ylim(0, 102 if highest > 40 else max(1.15 * highest, 1))
     for axes in panels.flat[len(sweeps) :]:
         axes.set_visible(False)
     figure.supylabel(y, color=INK, fontsize=11)

@@ -98,7 +98,9 @@ def test_a_folder_of_parts_equals_the_file(
     arguments = ["embed", str(place / "run"), str(place / "faces"), "--out", str(tmp_path / "parts"), "--flip", "sum"]
     arguments += ["--threads", "1", "--images-per-part", "4", *options]
     assert main(arguments) == 0
-    assert "6 images, D = 16, 1 not enrolled" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "6 images, D = 16, 1 not enrolled" in said.out
+    assert "Embed: 6 of 6 images" in said.err
     parts = read_embeddings(tmp_path / "parts")
     np.testing.assert_allclose(parts.embeddings, whole["embeddings"], rtol=1e-5, atol=1e-5)
     for column in ("keys", "subject_ids", "fte"):
@@ -106,6 +108,27 @@ def test_a_folder_of_parts_equals_the_file(
     assert main(arguments) == 0
     assert main([*arguments, "--take", "first"]) == 2
     assert "holds another extraction" in capfd.readouterr().err
+
+
+def test_every_process_gets_a_gpu_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.cmd_embed import _device, _devices
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [_device(_devices(), number) for number in range(4)] == [{"CUDA_VISIBLE_DEVICES": n} for n in "0120"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-ab")
+    assert [_device(_devices(), number)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["5", "GPU-ab", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert _device(_devices(), 0) == {}
+
+
+def test_a_mistake_in_one_process_ends_all_with_its_message(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["embed", str(place / "nowhere"), str(place / "faces"), "--out", str(tmp_path / "parts")]
+    assert main([*command, "--processes", "2", "--threads", "1"]) == 2
+    assert "give a run directory" in capfd.readouterr().err
 
 
 def test_shards_have_a_part_each_and_an_evaluation_reads_the_folder(place: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from aroface.errors import DataError
 from retrieval.embedding_files import INDEX_NAME, read_embeddings, write_embeddings
 from retrieval.embeddings import EmbeddingSet
-from retrieval.parted_extraction import PartedExtraction, part_bounds
+from retrieval.parted_extraction import PartedExtraction, extraction_progress, part_bounds
 
 ROWS = 23
 KEYS = [f"person{row // 4}/{row}.jpg" for row in range(ROWS)]
@@ -90,6 +92,41 @@ def test_processes_share_the_parts_and_make_each_once(tmp_path: Path, processes:
     assert [worker.exitcode for worker in workers] == [0] * processes
     assert sum(made.get(timeout=5) for _ in workers) == 5
     assert_whole(tmp_path / "out")
+
+
+def test_whoever_is_free_takes_the_next_part_so_that_a_slow_one_delays_nobody(tmp_path: Path) -> None:
+    others_done, slow_began, fast_rows = threading.Event(), threading.Event(), []
+
+    def slow(start: int, stop: int) -> EmbeddingSet:
+        slow_began.set()
+        assert others_done.wait(60)
+        return rows_of(start, stop)
+
+    def fast(start: int, stop: int) -> EmbeddingSet:
+        fast_rows.append(start)
+        if len(fast_rows) == 4:
+            others_done.set()
+        return rows_of(start, stop)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(extraction(tmp_path / "out").work, slow)
+        assert slow_began.wait(60)
+        two = pool.submit(extraction(tmp_path / "out").work, fast)
+        assert (one.result(60), two.result(60)) == (1, 4)
+    assert_whole(tmp_path / "out")
+
+
+def test_progress_counts_the_rows_of_all_processes(tmp_path: Path) -> None:
+    folder, seen = tmp_path / "out", []
+    assert extraction_progress(folder) is None
+
+    def embed(start: int, stop: int) -> EmbeddingSet:
+        seen.append(extraction_progress(folder))
+        return rows_of(start, stop)
+
+    extraction(folder).work(embed)
+    assert seen == [(start, ROWS) for start, _ in BOUNDS]
+    assert extraction_progress(folder) == (ROWS, ROWS)
 
 
 def _hangs_in_the_third_part(folder: Path) -> None:
