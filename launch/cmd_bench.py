@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "launch.bench.loader",
         "packing, opening and reading shards, beside arcface_torch and webdataset",
     ),
+    "export": ("launch.bench.export", "ONNX Runtime, int8 and OpenVINO beside eager PyTorch; exported files"),
     "protocols": ("launch.bench.protocols", "IJB-C, TinyFace and IJB-S at their real size, after embedding"),
 }
 
