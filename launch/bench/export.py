@@ -1,9 +1,9 @@
 """Exported models beside eager PyTorch: the same network with random weights, the same faces, one run.
 
-For each depth and batch: eager PyTorch in fp32 (contiguous, and channels-last as `aroface embed` runs it) and bf16, ONNX
-Runtime in fp32, fp16 and int8, OpenVINO in fp32, bf16 and int8. Every variant is compared with eager fp32 by the
-smallest cosine. int8 is calibrated on other faces than are compared. Random weights say nothing about accuracy: that is
-what the gate of `aroface export --precision int8` measures.
+For each depth and batch: eager PyTorch in fp32 (contiguous, and channels-last as `aroface embed` runs it) and bf16,
+ONNX Runtime in fp32, fp16 and int8, OpenVINO in fp32, bf16 and int8. Every variant is compared with eager fp32 by the
+smallest cosine. int8 is calibrated on other faces than are compared. Random weights say nothing about accuracy: that
+is what the gate of `aroface export --precision int8` measures.
 
 MODEL ... instead measures exported files of one checkpoint (.onnx, .engine) side by side, the first being the
 reference. Engines are compared by wall time, since the processor only waits for them.
@@ -22,6 +22,7 @@ from launch.bench.output import Report, measured
 from launch.evaluate_options import counts, positive
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from aroface.inference import TrainedModel
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=counts, default=[18, 100], metavar="D,..", help="of IResNet (18,100)")
     parser.add_argument("--width", type=float, default=1.0, metavar="W", help="of IResNet, for a quick look (1)")
     parser.add_argument("--batches", type=counts, default=[1, 32], metavar="N,..", help="batch sizes (1,32)")
+    parser.add_argument("--images", type=positive, default=16, metavar="N", help="at least, in a round (%(default)s)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of every runtime (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(args.threads)
-    settings = {name: getattr(args, name) for name in ("depths", "width", "batches", "threads", "rounds")}
+    settings = {name: getattr(args, name) for name in ("depths", "width", "batches", "images", "threads", "rounds")}
     settings["models"] = [path.name for path in args.models]
     report = Report("export", _PACKAGES, settings)
     details: dict[str, object] = {}
@@ -71,7 +73,7 @@ def _measure_depth(
     model = random_model(depth, args.width)
     variants = _variants(model, folder, args.threads)
     for batch in args.batches:
-        results = _compare(variants, batch, args.rounds)
+        results = _compare(variants, batch, args)
         eager, eager_nhwc, ort = (results.measurements[name] for name in (_EAGER, _EAGER_NHWC, _ORT))
         details[f"R{depth}, batch {batch}"] = results.to_json()
         for name, measurement in results.measurements.items():
@@ -96,9 +98,7 @@ def _measure_files(args: argparse.Namespace, report: Report, details: dict[str, 
     embedders = {path.name: open_embedder(path, threads=args.threads) for path in args.models}
     by_wall = any(path.suffix == ".engine" for path in args.models)
     for batch in args.batches:
-        results = _compare(
-            {name: embedder.embed for name, embedder in embedders.items()}, batch, args.rounds, embedders
-        )
+        results = _compare({name: embedder.embed for name, embedder in embedders.items()}, batch, args, embedders)
         details[f"batch {batch}"] = results.to_json()
         first = next(iter(results.measurements.values()))
         for name, measurement in results.measurements.items():
@@ -123,7 +123,10 @@ class _Results:
 
 
 def _compare(
-    variants: "Mapping[str, Embed]", batch: int, rounds: int, embedders: "Mapping[str, Embedder] | None" = None
+    variants: "Mapping[str, Embed]",
+    batch: int,
+    args: argparse.Namespace,
+    embedders: "Mapping[str, Embedder] | None" = None,
 ) -> _Results:
     """Time every variant on the same batch, and compare what they give with the first."""
     from export.parity import synthetic_faces
@@ -134,9 +137,9 @@ def _compare(
     first = next(iter(given.values()))
 
     def work(embed: "Embed") -> "Callable[[], int]":
-        return lambda: len(embed(faces))
+        return lambda: sum(len(embed(faces)) for _ in range(-(-args.images // batch)))
 
-    timed = interleave({name: work(embed) for name, embed in variants.items()}, rounds=rounds)
+    timed = interleave({name: work(embed) for name, embed in variants.items()}, rounds=args.rounds)
     cosines = {name: _smallest_cosine(values, first) for name, values in given.items()}
     return _Results({measurement.name: measurement for measurement in timed}, cosines)
 
@@ -161,7 +164,7 @@ def _variants(model: "TrainedModel", folder: Path, threads: int) -> "dict[str, E
     found: dict[str, Embed] = {_EAGER: eager}
     for precision in ("fp32", "bf16"):
         name = _EAGER_NHWC if precision == "fp32" else "eager bf16 channels-last"
-        found[name] = TorchEmbedder(model, precision=precision, device="cpu").embed  # type: ignore[arg-type]
+        found[name] = TorchEmbedder(model, precision=precision, device="cpu").embed
     for precision in ("fp32", "fp16", "int8"):
         found[f"onnxruntime {precision}"] = OnnxEmbedder(paths[precision], threads=threads).embed
     for name, file, precision in (("fp32", "fp32", "fp32"), ("bf16", "fp32", "bf16"), ("int8", "int8", "fp32")):
@@ -179,7 +182,7 @@ def _export(model: "TrainedModel", folder: Path) -> dict[str, Path]:
     plain = build_onnx(model, OnnxSettings())
     paths = {}
     for precision in ("fp32", "fp16", "int8"):
-        settings = OnnxSettings(precision=precision)  # type: ignore[arg-type]
+        settings = OnnxSettings(precision=precision)
         paths[precision] = folder / f"{precision}.onnx"
         proto = finish_onnx(plain, model, settings, faces)
         paths[precision].write_bytes(proto.SerializeToString(deterministic=True))
