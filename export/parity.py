@@ -136,10 +136,10 @@ def _interleave(indices: Sequence[int]) -> list[int]:
     return [index for offset in range(4) for index in indices[offset::4]]
 
 
-def synthetic_faces(size: int, *, seed: int = 0) -> NDArray[np.uint8]:
-    """(NUM_PARITY_FACES, size, size, 3) uint8: smooth random shading with grain on top, like a photograph."""
+def synthetic_faces(size: int, *, count: int = NUM_PARITY_FACES, seed: int = 0) -> NDArray[np.uint8]:
+    """(count, size, size, 3) uint8: smooth random shading with grain on top, like a photograph."""
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (NUM_PARITY_FACES, 7, 7, 3), dtype=np.uint8)
+    coarse = rng.integers(0, 256, (count, 7, 7, 3), dtype=np.uint8)
     smooth = np.stack([resize_face(image, size) for image in coarse]).astype(np.float64)
     grain = rng.normal(0.0, 12.0, smooth.shape)
     return np.clip(smooth + grain, 0, 255).astype(np.uint8)

@@ -42,6 +42,7 @@ __all__ = [
     "OnnxSettings",
     "build_onnx",
     "export_onnx",
+    "finish_onnx",
     "make_onnx",
     "open_for_gates",
 ]
@@ -145,7 +146,17 @@ def make_onnx(
         ExportError: a setting cannot be had, or the graph is invalid or too large.
     """
     _check_settings(settings)
-    proto = build_onnx(model, settings)
+    return finish_onnx(build_onnx(model, settings), model, settings, calibration)
+
+
+def finish_onnx(
+    proto: onnx.ModelProto, model: TrainedModel, settings: OnnxSettings, calibration: NDArray[np.uint8] | None = None
+) -> onnx.ModelProto:
+    """The graph of `build_onnx` in its precision, checked.
+
+    Raises:
+        ExportError: the graph is invalid or too large, or int8 has too few faces for calibration.
+    """
     metadata = _describe(model, settings)
     if settings.precision == "int8":
         faces = np.empty((0, 1, 1, 3), np.uint8) if calibration is None else calibration

@@ -79,7 +79,7 @@ def ratio(faster: Measurement, slower: Measurement) -> float:
 
 def _cpu_s() -> float:
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return time.process_time() + times.children_user + times.children_system
 
 
 class PeakMemory:

@@ -83,7 +83,6 @@ def test_the_other_head_computes_what_ours_computes(sample_rate: float) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_the_engine_is_measured_beside_ddp(tmp_path: Path) -> None:
     out = tmp_path / "engine.json"
     sizes = ["--ranks", "1", "--width", "0.125", "--image-size", "16", "--batch-size", "4", "--stages", "0,2"]

@@ -45,7 +45,8 @@ class Network:
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
             [numpy_helper.from_array(values, name) for name, values in self.constants.items()],
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        return onnx.shape_inference.infer_shapes(model)
 
 
 def check(model: onnx.ModelProto, *, norms: int = 1, shape: Sequence[int] = (CHANNELS, SIDE, SIDE)) -> list[str]:
