@@ -93,7 +93,7 @@ class DrawnFaces:
         generator = np.random.default_rng(seed)
         cosine = generator.uniform(*quality, (len(people), 1)).astype(np.float32)
         away = _unit(generator.standard_normal((len(people), _DIM), np.float32))
-        turned: NDArray[np.float32] = cosine * self._people(people) + np.sqrt(1 - cosine**2) * away
+        turned: NDArray[np.float32] = cosine * self._people(people) + np.sqrt(1 - cosine**2).astype(np.float32) * away
         return _unit(turned)
 
     def sets(self, size: int) -> "Iterator[EmbeddingSet]":

@@ -50,8 +50,8 @@ def parse_device(device: str) -> list[int]:
     chosen = [int(part) for part in numbers.split(",")] if numbers else list(range(available))
     if not chosen or max(chosen) >= available:
         raise ConfigError(
-            f"device {device}: Faiss sees {available} GPU(s) here. Install a build of Faiss with GPU support (faiss-gpu) on a "
-            "machine with an NVIDIA GPU, or choose cpu."
+            f"device {device}: Faiss sees {available} GPU(s) here. Install a build of Faiss with GPU support "
+            "(faiss-gpu) on a machine with an NVIDIA GPU, or choose cpu."
         )
     return chosen
 
@@ -80,10 +80,10 @@ def on_devices(
 
     resources = [faiss.StandardGpuResources() for _ in devices]
     if kind in ("flat", "fp16"):
-        makers = [
-            _flat_maker(r, device, rows.dimension, kind == "fp16") for r, device in zip(resources, devices, strict=True)
-        ]
-        return sharded_flat(rows, numbers, makers, use_float16=kind == "fp16", max_list=MAX_LIST)
+        half = kind == "fp16"
+        pairs = zip(resources, devices, strict=True)
+        makers = [_flat_maker(resource, device, rows.dimension, half) for resource, device in pairs]
+        return sharded_flat(rows, numbers, makers, use_float16=half, max_list=MAX_LIST)
     if index is None:
         raise ValueError(f"a gallery of kind {kind} without an index")
     options = faiss.GpuMultipleClonerOptions()
@@ -127,7 +127,8 @@ def sharded_flat(
     """
     import faiss
 
-    shards = faiss.IndexShards(rows.dimension, True, True)  # threads; places follow the order of the shards
+    make_shards: Any = faiss.IndexShards
+    shards = make_shards(rows.dimension, True, True)  # threads; places follow the order of the shards
     kept: list[Any] = []
     least = -(-len(rows) // len(makers))  # at most one stretch a device, unless they are long
     size = max(1, min(least, stretch_bytes // (4 * rows.dimension)))
