@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "head": ("launch.bench.head", "the classifier, plain, chunked and sampled, beside arcface_torch"),
     "engine": ("launch.bench.engine", "a training step at each ZeRO stage, beside bare PyTorch DDP"),
     "export": ("launch.bench.export", "ONNX Runtime, int8 and OpenVINO beside eager PyTorch; exported files"),
+    "gallery": ("launch.bench.gallery", "exact and approximate search, changes and memory, beside a bare Faiss index"),
     "protocols": ("launch.bench.protocols", "IJB-C, TinyFace and IJB-S at their real size, after embedding"),
     "step": ("launch.bench.step", "a training step with each kind of attack, against the plain step"),
 }

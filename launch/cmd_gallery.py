@@ -5,7 +5,6 @@ whole gallery at once: a crash leaves the old one or the new one. Scores are cos
 """
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -119,7 +118,11 @@ def _search(args: argparse.Namespace) -> None:
     found = gallery.search(probes.embeddings, top=args.top, level=args.level, **_model(probes))
     names = probes.keys if probes.keys is not None else range(len(probes))
     searches = [
-        {"probe": str(name), "subject_id": str(subject), "candidates": [asdict(candidate) for candidate in candidates]}
+        {
+            "probe": str(name),
+            "subject_id": str(subject),
+            "candidates": [candidate._asdict() for candidate in candidates],
+        }
         for name, subject, candidates in zip(names, probes.subject_ids, found, strict=True)
     ]
     if args.out:

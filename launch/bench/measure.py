@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["Measurement", "PeakMemory", "interleave", "machine", "ratio"]
+__all__ = ["Measurement", "PeakMemory", "interleave", "machine", "own_memory", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while True:
-            self.bytes = max(self.bytes, _own_memory())
+            self.bytes = max(self.bytes, own_memory())
             if self._stop.wait(0.02):
                 return
 
 
-def _own_memory() -> int:
+def own_memory() -> int:
+    """Memory of this process that the system cannot take back, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():
         fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())

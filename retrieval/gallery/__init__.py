@@ -7,6 +7,7 @@ Faiss, `MilvusGallery` in a collection of Milvus.
 from retrieval.gallery.gallery import Gallery
 from retrieval.gallery.index import IndexWish
 from retrieval.gallery.interface import FaceGallery
+from retrieval.gallery.milvus_gallery import Consistency, MilvusGallery
 from retrieval.gallery.records import (
     INDEX_KINDS,
     Calibration,
@@ -23,6 +24,7 @@ __all__ = [
     "INDEX_KINDS",
     "Calibration",
     "Candidate",
+    "Consistency",
     "FaceGallery",
     "Fusion",
     "Gallery",
@@ -31,5 +33,6 @@ __all__ = [
     "IndexWish",
     "Level",
     "Manifest",
+    "MilvusGallery",
     "Recall",
 ]

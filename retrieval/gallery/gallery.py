@@ -16,6 +16,7 @@ from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery.enrolment import Part, batch_of, batches_of, check_part, opened, part_of, replaced
 from retrieval.gallery.index import IndexWish, build_index, factory_of, open_index
 from retrieval.gallery.interface import FaceGallery
+from retrieval.gallery.on_gpu import on_devices, parse_device
 from retrieval.gallery.records import Calibration, GalleryInfo, IndexKind, Level
 from retrieval.gallery.search import Source
 from retrieval.gallery.segments import Batch, Entries, Rows, Segment, next_segments, read_state, write_segments
@@ -50,19 +51,26 @@ class Gallery(FaceGallery):
         self.manifest = manifest
         self._segments = tuple(segments)
         self._index: TrackedIndex | None = None
+        self._devices: list[int] = []
 
     @classmethod
-    def open(cls, directory: Path, *, verify: bool = True) -> Self:
+    def open(cls, directory: Path, *, verify: bool = True, device: str = "cpu") -> Self:
         """Open a gallery for reading; its vectors stay on disk and are read through the memory map.
 
         Args:
             directory: of the gallery.
             verify: compare the checksums of all files, at the price of reading them once more.
+            device: where to search: `cpu`, `cuda` (all GPUs), `cuda:0`, or `cuda:0,1`. The GPUs are filled at the
+                first search and again after every change.
 
         Raises:
             DataError: no gallery there, or a damaged one.
+            ConfigError: no such device, or a kind that is searched on the CPU only.
         """
-        return cls._ready(directory, (), verify=verify)
+        devices = parse_device(device)
+        state = cls._ready(directory, (), verify=verify)
+        state._devices = devices
+        return state
 
     @classmethod
     def _ready(
@@ -239,7 +247,9 @@ class Gallery(FaceGallery):
 
     def latest(self) -> Self:
         """The present state of the directory; what is open already is not read again."""
-        return self._ready(self.directory, self._segments, verify=False, before=self)
+        state = self._ready(self.directory, self._segments, verify=False, before=self)
+        state._devices = self._devices
+        return state
 
     def close(self) -> None:
         """Nothing to do: the memory maps go with the object."""
@@ -303,10 +313,14 @@ class Gallery(FaceGallery):
 
     @cached_property
     def _searched(self) -> Source:
-        record = self.manifest.index_record
-        if record is None or self._index is None:
+        record, index = self.manifest.index_record, self._index
+        until = record.until if record else self.manifest.next_number
+        if self._devices:
+            index = on_devices(self.manifest.index, index, self._rows, self.entries.numbers, self._devices)
+            until = self.manifest.next_number if self.manifest.index in ("flat", "fp16") else until
+        if index is None:
             return FlatSource(self._rows, self.entries)
-        return IndexedSource(self._rows, self.entries, self._index, record.until)
+        return IndexedSource(self._rows, self.entries, index, until)
 
     def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
         with write_lock(self.directory):

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -253,4 +252,4 @@ def _best(candidates: Sequence[Candidate], top: int) -> list[Candidate]:
     for candidate in sorted(candidates, key=lambda candidate: (-candidate.score, candidate.rank)):
         unique.setdefault((candidate.entry_id, candidate.subject_id), candidate)
     best = list(unique.values())[:top]
-    return [replace(candidate, rank=rank) for rank, candidate in enumerate(best, start=1)]
+    return [candidate._replace(rank=rank) for rank, candidate in enumerate(best, start=1)]

@@ -1,7 +1,7 @@
 """What galleries take and give out: kinds, levels, candidates, measured recall, calibrated thresholds."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,9 +36,8 @@ Level = Literal["entry", "subject", "pooled"]
 Fusion = Literal["best", "pooled"]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One line of a candidate list."""
+class Candidate(NamedTuple):
+    """One line of a candidate list. A tuple, because a search makes thousands of them."""
 
     entry_id: str  #: empty at the level `pooled`, where no single entry stands behind the score
     subject_id: str

@@ -21,8 +21,8 @@ from retrieval.gallery.store import Manifest, SegmentRecord, check_file, read_ma
 
 __all__ = ["SEGMENT_ROWS", "Batch", "Entries", "Rows", "Segment", "next_segments", "read_state", "write_segments"]
 
-#: Entries in a segment at most: 128 MiB at D = 512, the memory of a writer and the price of removing one entry.
-SEGMENT_ROWS = 1 << 16
+#: Entries in a segment at most: 64 MiB at D = 512, the memory of a writer and the price of removing one entry.
+SEGMENT_ROWS = 1 << 15
 _COLUMNS = ("entry_ids", "subject_ids", "norms", "numbers")
 
 

@@ -99,6 +99,7 @@ class TrackedIndex:
         least: how many to rescore at least.
         tolerance: bound on the error of its scores; None for an approximate index.
         max_list: longest list that it gives.
+        keep: what has to live as long as the index.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ class TrackedIndex:
         least: int,
         tolerance: float | None = None,
         max_list: int = 1 << 40,
+        keep: Any = None,
     ) -> None:
+        self.keep = keep
         self.index = index
         self.numbers = numbers
         self.candidates = candidates
@@ -141,6 +144,8 @@ class IndexedSource(_LocalSource):
 
     def first_list(self, top: int) -> int:
         """See `Source`."""
+        if self.tolerance is not None:
+            return top + self._tracked.least
         return max(self._tracked.least, self._tracked.candidates * top)
 
     def nearest(self, probes: NDArray[np.float32], count: int) -> Found:

@@ -1,0 +1,149 @@
+"""Galleries on one GPU or several: the vectors are spread over the devices, every probe goes to all of them.
+
+    flat, fp16         exact: GpuIndexFlat with float32 or float16 vectors. The float16 scores are off by a known bound,
+                       and candidates are compared again with the float32 vectors until no other can belong to the list.
+    ivf, -fp16, -sq8   the index of the gallery, moved to the devices; in shards of the inverted lists where there are
+                       several. float16 is a form of the index: the cloner's own switch does nothing for it.
+    others             stay on the CPU: Faiss has no GPU form of fast-scan codes and graphs.
+
+Vectors go to a device in one call for each stretch of rows, and each stretch has an index of its own: an index that
+grows would hold its old and its new memory at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aroface.errors import ConfigError
+from retrieval.gallery.records import IndexKind
+from retrieval.gallery.search import rounding_bound
+from retrieval.gallery.segments import Rows
+from retrieval.gallery.sources import TrackedIndex
+
+__all__ = ["GPU_KINDS", "MAX_LIST", "on_devices", "parse_device", "sharded_flat"]
+
+GPU_KINDS: tuple[IndexKind, ...] = ("flat", "fp16", "ivf", "ivf-fp16", "ivf-sq8")
+#: Longest list that Faiss selects on a GPU.
+MAX_LIST = 2048
+_STRETCH_BYTES = 1 << 31  # of float32 rows on the host at a time
+_EXTRA_CANDIDATES = 16
+#: Rounding of one float16 value relative to it, twice: the probe is rounded too.
+_FLOAT16_BOUND = 2 * 2.0**-11 + 2.0**-16
+
+
+def parse_device(device: str) -> list[int]:
+    """Numbers of the GPUs of `cpu` (none), `cuda` (all), `cuda:0` or `cuda:0,2`.
+
+    Raises:
+        ConfigError: not such a name, or a GPU that Faiss does not see.
+    """
+    if device == "cpu":
+        return []
+    import faiss
+
+    name, _, numbers = device.partition(":")
+    if name != "cuda" or not all(part.isdecimal() for part in numbers.split(",") if numbers):
+        raise ConfigError(f"device {device!r} is unknown; write cpu, cuda, cuda:0, or cuda:0,1 for several.")
+    available = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    chosen = [int(part) for part in numbers.split(",")] if numbers else list(range(available))
+    if not chosen or max(chosen) >= available:
+        raise ConfigError(
+            f"device {device}: Faiss sees {available} GPU(s) here. Install a build of Faiss with GPU support "
+            "(faiss-gpu) on a machine with an NVIDIA GPU, or choose cpu."
+        )
+    return chosen
+
+
+def on_devices(
+    kind: IndexKind, index: TrackedIndex | None, rows: Rows, numbers: NDArray[np.int64], devices: Sequence[int]
+) -> TrackedIndex:
+    """The gallery's search on GPUs.
+
+    Args:
+        kind: of the gallery.
+        index: its index, for the kinds that have one.
+        rows: its vectors.
+        numbers: (N,) of its entries.
+        devices: GPUs.
+
+    Raises:
+        ConfigError: a kind that stays on the CPU.
+    """
+    if kind not in GPU_KINDS:
+        raise ConfigError(
+            f"A gallery of kind {kind} is searched on the CPU only; on a GPU: {', '.join(GPU_KINDS)}. Change it with "
+            "`aroface gallery compact --index`, or choose the device cpu."
+        )
+    import faiss
+
+    resources = [faiss.StandardGpuResources() for _ in devices]
+    if kind in ("flat", "fp16"):
+        half = kind == "fp16"
+        pairs = zip(resources, devices, strict=True)
+        makers = [_flat_maker(resource, device, rows.dimension, half) for resource, device in pairs]
+        return sharded_flat(rows, numbers, makers, use_float16=half, max_list=MAX_LIST)
+    if index is None:
+        raise ValueError(f"a gallery of kind {kind} without an index")
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    moved = faiss.index_cpu_to_gpu_multiple_py(resources, index.index, options, list(devices))
+    return TrackedIndex(
+        moved, index.numbers, candidates=index.candidates, least=index.least, max_list=MAX_LIST, keep=resources
+    )
+
+
+def _flat_maker(resources: Any, device: int, dimension: int, use_float16: bool) -> Callable[[], Any]:
+    import faiss
+
+    def make() -> Any:
+        config = faiss.GpuIndexFlatConfig()
+        config.device = device
+        config.useFloat16 = use_float16
+        return faiss.GpuIndexFlatIP(resources, dimension, config)
+
+    return make
+
+
+def sharded_flat(
+    rows: Rows,
+    numbers: NDArray[np.int64],
+    makers: Sequence[Callable[[], Any]],
+    *,
+    use_float16: bool,
+    max_list: int,
+    stretch_bytes: int = _STRETCH_BYTES,
+) -> TrackedIndex:
+    """Exact search over stretches of rows, dealt out to the devices in turn.
+
+    Args:
+        rows: (N, D).
+        numbers: (N,) of the entries.
+        makers: one for each device; each makes an empty flat index there.
+        use_float16: whether those keep float16.
+        max_list: longest list that they give.
+        stretch_bytes: of float32 rows in one index, and of the memory on the host while it is filled.
+    """
+    import faiss
+
+    make_shards: Any = faiss.IndexShards
+    shards = make_shards(rows.dimension, True, True)  # threads; places follow the order of the shards
+    kept: list[Any] = []
+    least = -(-len(rows) // len(makers))  # at most one stretch a device, unless they are long
+    size = max(1, min(least, stretch_bytes // (4 * rows.dimension)))
+    for start in range(0, len(rows), size):
+        index = makers[len(kept) % len(makers)]()
+        index.add(rows.take(np.arange(start, min(start + size, len(rows)))))
+        shards.add_shard(index)
+        kept.append(index)
+    tolerance = rounding_bound(rows.dimension) + (_FLOAT16_BOUND if use_float16 else 0.0)
+    return TrackedIndex(
+        shards,
+        numbers,
+        candidates=1,
+        least=_EXTRA_CANDIDATES,
+        tolerance=tolerance,
+        max_list=max_list,
+        keep=[*kept, makers],
+    )
