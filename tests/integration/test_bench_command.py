@@ -13,6 +13,7 @@ from launch.bench.peers import arcface_batches, webdataset_batches
 from launch.bench.records import RecordWriter
 from launch.cli import main
 from shards.pack import PackOptions, pack
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.face_folders import write_faces
 
 
@@ -112,3 +113,15 @@ def test_the_peers_deliver_what_we_deliver(tmp_path: Path) -> None:
 
 def _mean(image: np.ndarray | torch.Tensor) -> float:
     return float(np.asarray(image).mean())
+
+
+@pytest.mark.slow
+def test_the_service_is_measured_under_load(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run")
+    out = tmp_path / "serve.json"
+    sizes = ["--clients", "4", "--requests", "16", "--gallery-size", "50", "--batches", "1,4", "--rounds", "1"]
+    command = ["bench", "serve", "--model", str(tmp_path / "run"), "--threads", "1", *sizes, "--out", str(out)]
+    assert main(command) == 0
+    record = json.loads(out.read_text())
+    assert set(record["measurements"]) == {"model alone, batch 1", "model alone, batch 4", "service"}
+    assert all(figure["value"] > 0 for figure in record["figures"])
