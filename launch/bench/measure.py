@@ -78,7 +78,7 @@ def ratio(faster: Measurement, slower: Measurement) -> float:
 
 
 def _cpu_s() -> float:
-    times = os.times()
+    times = os.times()  # whole clock ticks, while the own time comes in nanoseconds
     return time.process_time() + times.children_user + times.children_system
 
 

@@ -93,7 +93,7 @@ def _median_s(measurement: Measurement, uses_cpu_time: bool) -> float:
 def _ratios(slower: Measurement, plain: Measurement, uses_cpu_time: bool) -> list[float]:
     """Of every round, so that a busy neighbour counts on both sides."""
     column = 1 if uses_cpu_time else 0
-    return [a[column] / b[column] for a, b in zip(slower.rounds, plain.rounds, strict=True)]
+    return [a[column] / max(b[column], 1e-9) for a, b in zip(slower.rounds, plain.rounds, strict=True)]
 
 
 class StepBench:

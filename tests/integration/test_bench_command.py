@@ -93,6 +93,23 @@ def test_the_engine_is_measured_beside_ddp(tmp_path: Path) -> None:
     assert all(figure["value"] > 0 for figure in record["figures"] if figure["unit"] == "x")
 
 
+@pytest.mark.slow
+def test_the_step_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "step.json"
+    small = ["--width", "0.125", "--image-size", "32", "--batch", "8", "--classes", "20", "--rounds", "1"]
+    assert main(["bench", "step", *small, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    figures = {figure["name"]: figure for figure in record["figures"]}
+    assert figures["adversarial / plain"]["goal"] == 1.2
+    assert figures["delayed / plain"]["goal"] == 1.06
+    assert set(record["ratios"]) | {"plain"} == set(record["steps"])
+    assert all(step["items"] == 8 for step in record["steps"].values())
+    parts = [f["value"] for name, f in figures.items() if "part of" in name and "warp alone" not in name]
+    assert sum(parts) == pytest.approx(100)
+    assert main(["bench", "step", *small, "--ways", "random"]) == 2
+    assert "with plain among them" in capsys.readouterr().err
+
+
 def test_the_peers_deliver_what_we_deliver(tmp_path: Path) -> None:
     from aroface.images import decode_rgb
 
