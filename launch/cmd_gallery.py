@@ -1,20 +1,25 @@
-"""Build, change, search and inspect a gallery of enrolled faces.
+"""Build, change, calibrate, search and inspect a gallery of enrolled faces.
 
 Embeddings come from files that `aroface embed` writes. The key of an image is its entry id. Every change replaces the
-whole gallery at once: a crash leaves the old one or the new one. Scores are cosines.
+whole gallery at once: a crash leaves the old one or the new one. Scores are cosines. docs/galleries.md tells which kind
+of index to choose, and what it costs.
 """
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from launch.evaluate_options import positive
+from launch.evaluate_options import positive, rates
+from launch.gallery_options import add_gallery, milvus_token, open_gallery
 
 if TYPE_CHECKING:
     from aroface.contract import InputContract
     from retrieval.embeddings import EmbeddingSet
-    from retrieval.gallery import Candidate, Gallery
+    from retrieval.gallery import Candidate, FaceGallery, Gallery, IndexWish
 
+_KINDS = ("flat", "fp16", "sq8", "pq", "ivf", "ivf-fp16", "ivf-sq8", "ivf-pq", "hnsw", "hnsw-fp16", "hnsw-sq8")
+_LEVELS = ("entry", "subject", "pooled")
 _SHOWN_PROBES = 10
 
 
@@ -26,143 +31,295 @@ class _Model(TypedDict):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    build = _action(actions, "build", "make a gallery from an embedding file")
+    build = _action(actions, "build", "make a gallery from an embedding file or a folder of parts")
     build.add_argument("--embeddings", type=Path, required=True, metavar="E.npz", help="who is enrolled")
-    build.add_argument("--index", choices=("flat",), default="flat", help="flat compares with all (%(default)s)")
+    _add_index(build, "flat")
     build.add_argument("--replace", action="store_true", help="take the place of an existing gallery")
     add = _action(actions, "add", "enrol more")
     add.add_argument("--embeddings", type=Path, required=True, metavar="E.npz", help="who is added")
+    add.add_argument("--upsert", action="store_true", help="replace entries whose id is enrolled already")
     remove = _action(actions, "remove", "remove entries or subjects")
     remove.add_argument("--subject", action="append", default=[], metavar="S", help="all entries of S (repeatable)")
     remove.add_argument("--entry", action="append", default=[], metavar="E", help="entry E (repeatable)")
-    search = _action(actions, "search", "candidate lists of probes")
-    search.add_argument("--probes", type=Path, required=True, metavar="P.npz", help="whom to look for")
-    search.add_argument("--top", type=positive, default=5, metavar="K", help="length of the lists (%(default)s)")
-    search.add_argument(
-        "--level",
-        choices=("entry", "subject"),
-        default="entry",
-        help="list entries, or each subject once by its best entry (%(default)s)",
+    compact = _action(actions, "compact", "join small segments and make the index anew, or another one")
+    _add_index(compact, None)
+    calibrate = _action(actions, "calibrate", "find thresholds for false-positive identification rates")
+    calibrate.add_argument("--probes", type=Path, required=True, metavar="P.npz", help="strangers, and maybe mates")
+    calibrate.add_argument(
+        "--fpir", type=rates, default=rates("0.001,0.01,0.1"), metavar="F,...", help="wanted rates (0.001,0.01,0.1)"
     )
-    search.add_argument("--out", type=Path, metavar="R.json", help="all candidate lists as JSON")
+    calibrate.add_argument("--level", choices=_LEVELS, default="entry", help="what a candidate is (%(default)s)")
+    _add_search(_action(actions, "search", "candidate lists of probes"))
     info = _action(actions, "info", "what a gallery holds")
     info.add_argument("--entries", action="store_true", help="list every entry, its subject and its norm")
 
 
 def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
-    parser.add_argument("gallery", type=Path, metavar="GALLERY", help="directory of the gallery")
+    add_gallery(parser)
     return parser
+
+
+def _add_index(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--index", choices=_KINDS, default=default, help=f"how to search ({default or 'as before'}); flat is exact"
+    )
+    parser.add_argument("--recall", type=float, default=0.98, metavar="R", help="recall@1 to reach (%(default)s)")
+    parser.add_argument("--recall-probes", type=Path, metavar="P.npz", help="measure it with these, not drawn probes")
+    parser.add_argument("--recall-sample", type=positive, default=1000, metavar="N", help="of them (%(default)s)")
+
+
+def _add_search(search: argparse.ArgumentParser) -> None:
+    search.add_argument("--probes", type=Path, required=True, metavar="P.npz", help="whom to look for")
+    search.add_argument("--top", type=positive, default=5, metavar="K", help="length of the lists (%(default)s)")
+    search.add_argument("--all", action="store_true", help="every candidate above the threshold, in place of --top")
+    search.add_argument(
+        "--level",
+        choices=_LEVELS,
+        default="entry",
+        help="list entries, subjects by their best entry, or subjects by their pooled template (%(default)s)",
+    )
+    limit = search.add_mutually_exclusive_group()
+    limit.add_argument("--threshold", type=float, metavar="T", help="only candidates that score higher")
+    limit.add_argument("--fpir", type=float, metavar="F", help="the calibrated threshold of this rate")
+    search.add_argument(
+        "--templates",
+        choices=("best", "pooled"),
+        help="search the probes of one template (template_ids of the file) together: the best score of each, or fused",
+    )
+    search.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:0 or cuda:0,1 (%(default)s)")
+    search.add_argument("--out", type=Path, metavar="R.json", help="all candidate lists as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    match args.action:
-        case "build":
-            _build(args)
-        case "add":
-            _add(args)
-        case "remove":
-            _remove(args)
-        case "search":
-            _search(args)
-        case "info":
-            _info(args)
+    import logging
+
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports every build that it tries
+    actions = {
+        "build": _build,
+        "add": _add,
+        "remove": _remove,
+        "compact": _compact,
+        "calibrate": _calibrate,
+        "search": _search,
+        "info": _info,
+    }
+    actions[args.action](args)
     return 0
 
 
 def _build(args: argparse.Namespace) -> None:
-    from retrieval.gallery import Gallery
+    from itertools import chain
 
-    enrolled = _read_enrolled(args.embeddings)
-    gallery = Gallery.build(
-        args.gallery,
-        enrolled.embeddings,
-        enrolled.subject_ids,
-        enrolled.keys,
-        index=args.index,
-        replace=args.replace,
-        **_model(enrolled),
-    )
-    print(_summary(gallery))
+    from retrieval.embedding_files import iterate_embeddings
+    from retrieval.gallery import Gallery, MilvusGallery
+
+    if args.milvus:
+        enrolled = _read_enrolled(args.embeddings)
+        made: FaceGallery = MilvusGallery.build(
+            args.gallery,
+            *(enrolled.embeddings, enrolled.subject_ids, enrolled.keys),
+            collection=args.collection,
+            index=args.index,
+            consistency=args.consistency,
+            token=milvus_token(),
+            replace=args.replace,
+            **_model(enrolled),
+        )
+    else:
+        parts = iterate_embeddings(args.embeddings)
+        first = next(parts)
+        made = Gallery.build_from(
+            Path(args.gallery),
+            _usable(chain([first], parts), args.embeddings),
+            index=_wish(args, args.index),
+            replace=args.replace,
+            **_model(first),
+        )
+    print(_summary(made))
 
 
 def _add(args: argparse.Namespace) -> None:
-    from retrieval.gallery import Gallery
-
     enrolled = _read_enrolled(args.embeddings)
-    gallery = Gallery.open(args.gallery).add(
-        enrolled.embeddings, enrolled.subject_ids, enrolled.keys, **_model(enrolled)
+    gallery = open_gallery(args)
+    changed = gallery.add(
+        enrolled.embeddings, enrolled.subject_ids, enrolled.keys, upsert=args.upsert, **_model(enrolled)
     )
-    print(_summary(gallery))
+    print(_summary(changed))
 
 
 def _remove(args: argparse.Namespace) -> None:
     from aroface.errors import ConfigError
-    from retrieval.gallery import Gallery
 
     if not args.subject and not args.entry:
         raise ConfigError("nothing to remove: name entries with --entry or subjects with --subject.")
-    print(_summary(Gallery.open(args.gallery).remove(entry_ids=args.entry, subject_ids=args.subject)))
+    print(_summary(open_gallery(args).remove(entry_ids=args.entry, subject_ids=args.subject)))
+
+
+def _compact(args: argparse.Namespace) -> None:
+    gallery = _local(args)
+    print(_summary(gallery.compact(_wish(args, args.index or gallery.manifest.index))))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from retrieval.embedding_files import read_embeddings
+
+    gallery = open_gallery(args)
+    probes = read_embeddings(args.probes)
+    gallery.check_model(**_model(probes))
+    _print_calibration(gallery.calibrate(probes, args.fpir.values, level=args.level))
 
 
 def _search(args: argparse.Namespace) -> None:
-    import logging
-
     from aroface.files import write_json
-    from retrieval.gallery import Gallery
 
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports every build that it tries
-    gallery = Gallery.open(args.gallery)
+    gallery = open_gallery(args, device=args.device)
     probes = _read_enrolled(args.probes)
-    found = gallery.search(probes.embeddings, top=args.top, level=args.level, **_model(probes))
-    names = probes.keys if probes.keys is not None else range(len(probes))
-    searches = [
-        {
-            "probe": str(name),
-            "subject_id": str(subject),
-            "candidates": [candidate._asdict() for candidate in candidates],
-        }
-        for name, subject, candidates in zip(names, probes.subject_ids, found, strict=True)
-    ]
+    threshold = _threshold(args, gallery)
+    names, found = _found(args, gallery, probes, threshold)
+    subjects = {} if args.templates else dict(zip(names, map(str, probes.subject_ids), strict=True))
     if args.out:
-        head = {"gallery": str(args.gallery), "generation": gallery.manifest.generation}
-        write_json(args.out, {**head, "top": args.top, "level": args.level, "searches": searches})
-    _print_candidates([str(name) for name in names], found)
+        searches = [
+            {
+                "probe": name,
+                "subject_id": subjects.get(name),
+                "candidates": [c._asdict() | {"fpir": gallery.fpir_of(c.score)} for c in candidates],
+            }
+            for name, candidates in zip(names, found, strict=True)
+        ]
+        head = {"gallery": gallery.info.name, "top": None if args.all else args.top, "level": args.level}
+        write_json(args.out, {**head, "templates": args.templates, "threshold": threshold, "searches": searches})
+    _print_candidates(gallery, names, found)
+
+
+def _found(
+    args: argparse.Namespace, gallery: "FaceGallery", probes: "EmbeddingSet", threshold: float | None
+) -> "tuple[list[str], list[list[Candidate]]]":
+    """Names of the searches and their candidates."""
+    from aroface.errors import ConfigError, DataError
+
+    model = _model(probes)
+    if args.templates:
+        if probes.template_ids is None:
+            raise DataError(f"{args.probes} has no template_ids; leave --templates away, or add that column.")
+        if args.all:
+            raise ConfigError("--templates gives lists of --top candidates; leave --all away.")
+        lists = gallery.search_templates(
+            *(probes.embeddings, probes.template_ids),
+            top=args.top,
+            fusion=args.templates,
+            level=args.level,
+            threshold=threshold,
+            **model,
+        )
+        return list(lists), list(lists.values())
+    names = [str(name) for name in (probes.keys if probes.keys is not None else range(len(probes)))]
+    if not args.all:
+        return names, gallery.search(probes.embeddings, top=args.top, level=args.level, threshold=threshold, **model)
+    if threshold is None:
+        raise ConfigError("--all lists every candidate above a threshold; give --threshold or --fpir.")
+    return names, gallery.search_range(probes.embeddings, threshold=threshold, level=args.level, **model)
+
+
+def _threshold(args: argparse.Namespace, gallery: "FaceGallery") -> float | None:
+    from aroface.errors import ConfigError
+
+    if args.fpir is None:
+        return None if args.threshold is None else float(args.threshold)
+    points = {point.fpir: point.threshold for point in gallery.info.calibration}
+    if args.fpir not in points:
+        known = ", ".join(f"{fpir:g}" for fpir in points) or "none"
+        raise ConfigError(
+            f"--fpir {args.fpir:g}: the gallery is not calibrated for it (calibrated: {known}). Run `aroface gallery "
+            "calibrate` first."
+        )
+    return points[args.fpir]
 
 
 def _info(args: argparse.Namespace) -> None:
-    from retrieval.gallery import Gallery
-
-    gallery = Gallery.open(args.gallery)
-    manifest = gallery.manifest
+    gallery = open_gallery(args)
+    info = gallery.info
     print(_summary(gallery))
-    print(f"  model       {manifest.model_id or 'unknown'}")
-    if manifest.contract:
-        print(f"  input       {manifest.contract.image_size} px, {manifest.contract.colour_order}")
-    print(f"  generation  {manifest.generation}, checksums verified")
-    if args.entries:
+    print(f"  model       {info.model_id or 'unknown'}")
+    if info.contract:
+        print(f"  input       {info.contract.image_size} px, {info.contract.colour_order}")
+    if info.recall:
+        recall = info.recall
+        print(f"  recall      @1 {recall.at_1:.4f}, @10 {recall.at_10:.4f} of {recall.probes} probes ({recall.source})")
+    _print_calibration(gallery)
+    if not args.milvus:
+        _print_state(_local(args), with_entries=args.entries)
+
+
+def _print_state(gallery: "Gallery", *, with_entries: bool) -> None:
+    manifest = gallery.manifest
+    print(f"  generation  {manifest.generation}, {len(manifest.segments)} segments, checksums verified")
+    if manifest.index_record:
+        outside, removed = gallery.outside_index
+        print(f"  index       {manifest.index_record.factory}, effort {manifest.index_record.effort}")
+        print(f"              {outside} entries outside it, {removed} removed ones still in it")
+    if with_entries:
         print("entry\tsubject\tnorm")
         entries = gallery.entries
         for entry, subject, norm in zip(entries.entry_ids, entries.subject_ids, entries.norms, strict=True):
             print(f"{entry}\t{subject}\t{norm:.3f}")
 
 
+def _print_calibration(gallery: "FaceGallery") -> None:
+    count = len(gallery)
+    for point in gallery.info.calibration:
+        notes = [] if point.is_supported else [f"not supported: {point.k} false alarms allowed, 30 needed"]
+        if point.count != count:
+            notes.append(f"{point.count} entries then, {count} now")
+        tpir = "" if point.tpir is None else f", TPIR {point.tpir:.4f} of {point.mated}"
+        print(
+            f"  FPIR {point.fpir:<6g} score > {point.threshold:.4f} ({point.non_mated} strangers{tpir}, {point.level})"
+            + "".join(f"; {note}" for note in notes)
+        )
+
+
+def _local(args: argparse.Namespace) -> "Gallery":
+    from aroface.errors import ConfigError
+    from retrieval.gallery import Gallery
+
+    gallery = open_gallery(args)
+    if not isinstance(gallery, Gallery):
+        raise ConfigError(f"`aroface gallery {args.action}` works on a directory; Milvus compacts by itself.")
+    return gallery
+
+
+def _wish(args: argparse.Namespace, kind: Any) -> "IndexWish":
+    from retrieval.gallery import IndexWish
+
+    probes = None if args.recall_probes is None else _read_enrolled(args.recall_probes).embeddings
+    return IndexWish(kind, args.recall, args.recall_sample, probes)
+
+
 def _read_enrolled(path: Path) -> "EmbeddingSet":
     """The rows of an embedding file that have an embedding; the others are counted on stderr."""
-    import logging
-
-    from aroface.errors import DataError
     from retrieval.embedding_files import read_embeddings
 
     embeddings = read_embeddings(path)
-    failed = int((~embeddings.enrolled).sum())
-    if failed == len(embeddings):
+    return next(_usable([embeddings], path)) if not embeddings.enrolled.all() else embeddings
+
+
+def _usable(parts: "Iterable[EmbeddingSet]", path: Path) -> "Iterator[EmbeddingSet]":
+    """The rows of each part that have an embedding; the others are counted on stderr."""
+    import logging
+
+    from aroface.errors import DataError
+
+    is_empty = True
+    for part in parts:
+        failed = int((~part.enrolled).sum())
+        if failed:
+            logging.getLogger(__name__).warning("%s: %d rows failed to enrol and are left out.", part.name, failed)
+        if failed < len(part):
+            is_empty = False
+            yield part.take(part.enrolled) if failed else part
+    if is_empty:
         raise DataError(f"{path}: every row failed to enrol; look at the warnings of `aroface embed`.")
-    if failed:
-        logging.getLogger(__name__).warning("%s: %d rows failed to enrol and are left out.", path, failed)
-        return embeddings.take(embeddings.enrolled)
-    return embeddings
 
 
 def _model(embeddings: "EmbeddingSet") -> _Model:
@@ -175,24 +332,30 @@ def _model(embeddings: "EmbeddingSet") -> _Model:
     }
 
 
-def _summary(gallery: "Gallery") -> str:
-    manifest = gallery.manifest
-    return (
-        f"{gallery.directory}: {manifest.count} entries of {manifest.num_subjects} subjects, "
-        f"D = {manifest.dimension}, {manifest.metric}, index {manifest.index}"
-    )
+def _summary(gallery: "FaceGallery") -> str:
+    info = gallery.info
+    subjects = "" if info.num_subjects is None else f" of {info.num_subjects} subjects"
+    recall = f", recall@1 {info.recall.at_1:.4f}" if info.recall else ""
+    return f"{info.name}: {info.count} entries{subjects}, D = {info.dimension}, cosine, index {info.index}{recall}"
 
 
-def _print_candidates(names: list[str], found: "list[list[Candidate]]") -> None:
+def _print_candidates(gallery: "FaceGallery", names: list[str], found: "list[list[Candidate]]") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    is_calibrated = bool(gallery.info.calibration)
     table = Table(title=f"{len(names)} searches", title_justify="left", caption_justify="left")
-    for heading in ("probe", "rank", "subject", "entry", "score"):
+    for heading in ("probe", "rank", "subject", "entry", "score", *(["FPIR"] if is_calibrated else [])):
         table.add_column(heading, justify="right" if heading in {"rank", "score"} else "left")
     for name, candidates in zip(names[:_SHOWN_PROBES], found[:_SHOWN_PROBES], strict=True):
         for c in candidates:
-            table.add_row(name if c.rank == 1 else "", str(c.rank), c.subject_id, c.entry_id, f"{c.score:.4f}")
+            line = [name if c.rank == 1 else "", str(c.rank), c.subject_id, c.entry_id, f"{c.score:.4f}"]
+            if is_calibrated:
+                fpir = gallery.fpir_of(c.score)
+                line.append("" if fpir is None else f"{fpir:g}")
+            table.add_row(*line)
+        if not candidates:
+            table.add_row(name, "", "nobody", "", "")
         table.add_section()
     if len(names) > _SHOWN_PROBES:
         table.caption = f"{len(names) - _SHOWN_PROBES} more; --out writes all"

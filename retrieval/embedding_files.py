@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,7 @@ from aroface.errors import DataError
 from aroface.files import atomic_path, read_json, sha256_of, write_json
 from retrieval.embeddings import OPTIONAL_COLUMNS, EmbeddingSet
 
-__all__ = ["INDEX_NAME", "read_embeddings", "write_embeddings", "write_index"]
+__all__ = ["INDEX_NAME", "iterate_embeddings", "read_embeddings", "write_embeddings", "write_index"]
 
 INDEX_NAME = "index.json"
 _FORMAT_VERSION = 1
@@ -78,7 +78,27 @@ def read_embeddings(path: Path) -> EmbeddingSet:
     return _read_folder(path) if path.is_dir() else _read_file(path)
 
 
-def _read_folder(folder: Path) -> EmbeddingSet:
+def iterate_embeddings(path: Path) -> Iterator[EmbeddingSet]:
+    """One embedding file, or the parts of a folder one after the other: only one of them is in memory at a time.
+
+    Raises:
+        DataError: as `read_embeddings`.
+    """
+    if not path.is_dir():
+        yield _read_file(path)
+        return
+    rows, dimension, entries = _read_index(path)
+    total = 0
+    for name, count, digest in entries:
+        part = _read_part(path / name, count, digest, 0, np.empty((count, dimension), np.float32))
+        total += len(part)
+        yield replace(part, name=str(path / name))
+    if total != rows:
+        raise DataError(f"{path / INDEX_NAME} says {rows} rows, its parts have {total}.")
+
+
+def _read_index(folder: Path) -> tuple[int, int, list[tuple[str, int, str]]]:
+    """Rows, dimension, and (file, rows, sha256) of each part."""
     if not (folder / INDEX_NAME).is_file():
         raise DataError(
             f"{folder} has no {INDEX_NAME}: `aroface embed` has not finished there, or it is another folder. The same "
@@ -91,16 +111,21 @@ def _read_folder(folder: Path) -> EmbeddingSet:
             f"{_FORMAT_VERSION}."
         )
     try:
-        values = np.empty((int(index["rows"]), int(index["embedding_dim"])), np.float32)
         entries = [(str(entry["file"]), int(entry["rows"]), str(entry["sha256"])) for entry in index["parts"]]
+        return int(index["rows"]), int(index["embedding_dim"]), entries
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / INDEX_NAME} is no index of embeddings ({error!r}).") from error
+
+
+def _read_folder(folder: Path) -> EmbeddingSet:
+    rows, dimension, entries = _read_index(folder)
+    values = np.empty((rows, dimension), np.float32)
     columns: dict[str, list[NDArray[Any]]] = {key: [] for key in ("subject_ids", *OPTIONAL_COLUMNS)}
     metadata: Mapping[str, Any] = {}
     start = 0
-    for name, rows, digest in entries:
-        part = _read_part(folder / name, rows, digest, start, values)
-        start += rows
+    for name, count, digest in entries:
+        part = _read_part(folder / name, count, digest, start, values)
+        start += count
         metadata = metadata or part.metadata
         for key, arrays in columns.items():
             if (array := getattr(part, key)) is not None:

@@ -30,7 +30,7 @@ Consistency = Literal["Strong", "Bounded", "Session", "Eventually"]
 
 _MAX_ID = 512  # bytes of an id
 _MESSAGE_BYTES = 16 << 20  # below the 64 MiB that a server takes
-_CALIBRATION = "aroface.calibration"
+_SETTINGS, _CALIBRATION = "aroface.gallery", "aroface.calibration"  # properties of the collection, as JSON
 _INDEXES: dict[IndexKind, tuple[str, dict[str, int]]] = {
     "flat": ("FLAT", {}),
     "ivf": ("IVF_FLAT", {"nlist": 1024}),
@@ -50,7 +50,8 @@ class MilvusGallery(FaceGallery):
         self.consistency = consistency
         described = client.describe_collection(collection)
         try:
-            settings = json.loads(described["description"])
+            properties = dict(described["properties"])
+            settings = json.loads(properties[_SETTINGS])
             self._index: str = settings["index"]
             self._dimension = int(settings["dimension"])
             self._model_id: str | None = settings["model_id"]
@@ -60,8 +61,8 @@ class MilvusGallery(FaceGallery):
                 f"Collection {collection} at {uri} was not made by aroface; name another one with `--collection`."
             ) from error
         self._contract = None if contract is None else InputContract.model_validate(contract)
-        stored = dict(described.get("properties") or {}).get(_CALIBRATION, "[]")
-        self._calibration = tuple(Calibration.model_validate(point) for point in json.loads(stored))
+        stored = json.loads(properties.get(_CALIBRATION, "[]"))
+        self._calibration = tuple(Calibration.model_validate(point) for point in stored)
 
     @classmethod
     def open(cls, uri: str, *, collection: str = "faces", consistency: Consistency = "Strong", token: str = "") -> Self:
@@ -294,7 +295,7 @@ def _connect(uri: str, token: str) -> Any:
 def _create(client: Any, collection: str, settings: dict[str, Any], consistency: Consistency) -> None:
     from pymilvus import DataType
 
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=False, description=json.dumps(settings))
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("entry_id", DataType.VARCHAR, is_primary=True, max_length=_MAX_ID)
     schema.add_field("subject_id", DataType.VARCHAR, max_length=_MAX_ID)
     schema.add_field("norm", DataType.FLOAT)
@@ -303,4 +304,10 @@ def _create(client: Any, collection: str, settings: dict[str, Any], consistency:
     index_type, params = _INDEXES[settings["index"]]
     indexes = client.prepare_index_params()
     indexes.add_index("embedding", index_type=index_type, metric_type="IP", params=params)
-    client.create_collection(collection, schema=schema, index_params=indexes, consistency_level=consistency)
+    client.create_collection(
+        collection,
+        schema=schema,
+        index_params=indexes,
+        consistency_level=consistency,
+        properties={_SETTINGS: json.dumps(settings)},
+    )

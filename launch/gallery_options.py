@@ -1,0 +1,52 @@
+"""Which gallery a command works on: a directory, or a collection of Milvus."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from retrieval.gallery import FaceGallery
+
+__all__ = ["add_gallery", "milvus_token", "open_gallery"]
+
+_CONSISTENCY = ("Strong", "Bounded", "Session", "Eventually")
+
+
+def add_gallery(parser: argparse.ArgumentParser) -> None:
+    """Declare GALLERY and where it lies."""
+    parser.add_argument("gallery", metavar="GALLERY", help="directory of the gallery; with --milvus a file or address")
+    parser.add_argument(
+        "--milvus",
+        action="store_true",
+        help="GALLERY is a file of Milvus Lite (faces.db) or the address of a Milvus server (http://host:19530); the "
+        "environment variable AROFACE_MILVUS_TOKEN holds its key",
+    )
+    parser.add_argument("--collection", default="faces", metavar="NAME", help="of Milvus (%(default)s)")
+    parser.add_argument(
+        "--consistency",
+        choices=_CONSISTENCY,
+        default="Strong",
+        help="when searches on Milvus see changes (%(default)s)",
+    )
+
+
+def milvus_token() -> str:
+    """`user:password` or key of the Milvus server."""
+    return os.environ.get("AROFACE_MILVUS_TOKEN", "")
+
+
+def open_gallery(args: argparse.Namespace, *, device: str = "cpu") -> "FaceGallery":
+    """The gallery that the options name.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+        ConfigError: no such device, or no connection.
+    """
+    from retrieval.gallery import Gallery, MilvusGallery
+
+    if args.milvus:
+        return MilvusGallery.open(
+            args.gallery, collection=args.collection, consistency=args.consistency, token=milvus_token()
+        )
+    return Gallery.open(Path(args.gallery), device=device)
