@@ -30,7 +30,14 @@ _REQUIRED = {
     "matplotlib": "reports",
     "scipy": "protocol files",
 }
-_OPTIONAL = {"webdataset": "streaming remote shards", "tensorboard": "training curves", "tensorrt": "TensorRT engines"}
+_OPTIONAL = {
+    "webdataset": "streaming remote shards",
+    "tensorboard": "training curves",
+    "tensorrt": "TensorRT engines",
+    "openvino": "exported models on Intel processors",
+    "pymilvus": "galleries in Milvus",
+    "fastapi": "aroface serve",
+}
 _CHILD_TIMEOUT_S = 60
 _INSTALL = "make setup, or pip install --constraint requirements.lock --editable '.[all]'"
 
