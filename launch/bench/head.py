@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench.head_ranks import expected_bytes, traffic
-from launch.bench.measure import PeakMemory, interleave, ratio
+from launch.bench.measure import interleave, peak_growth, ratio
 from launch.bench.output import Report, measured
 
 _DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
@@ -202,13 +202,13 @@ def _in_process(work: Callable[[str, int, int], int], name: str, batch: int, cla
 
 
 def _pass_memory(name: str, batch: int, classes: int) -> int:
-    """Bytes beyond the inputs at the worst moment of the second pass; the first loads libraries."""
+    """Bytes beyond the inputs at the worst moment of a pass; a small one before it loads the libraries."""
     import torch
 
     torch.set_num_threads(1)
     Pass(name, 8, 64)()
     work = Pass(name, batch, classes)
-    return _peak_over(work)
+    return peak_growth(work)
 
 
 def _step_memory(name: str, batch: int, classes: int) -> int:
@@ -226,12 +226,4 @@ def _step_memory(name: str, batch: int, classes: int) -> int:
         work()
         optimizer.step(0.1)
 
-    return _peak_over(step)
-
-
-def _peak_over(work: Callable[[], object]) -> int:
-    with PeakMemory() as before:
-        pass
-    with PeakMemory() as peak:
-        work()
-    return peak.bytes - before.bytes
+    return peak_growth(step)
