@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "launch.bench.loader",
         "packing, opening and reading shards, beside arcface_torch and webdataset",
     ),
+    "backbones": ("launch.bench.backbones", "parameters, GFLOPs and activations of every backbone; in seconds"),
     "protocols": ("launch.bench.protocols", "IJB-C, TinyFace and IJB-S at their real size, after embedding"),
 }
 
