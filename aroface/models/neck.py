@@ -1,6 +1,7 @@
 """The last layers of a backbone, whose sums run over all features of an image: always in fp32 or better."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -47,7 +48,8 @@ def in_fp32(features: Tensor, *layers: nn.Module) -> Tensor:
     """
     weight: Any = layers[0].weight
     x = features.to(weight.dtype)
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    kind = features.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():  # not on meta
         for layer in layers:
             x = layer(x)
     return x

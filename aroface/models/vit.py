@@ -154,7 +154,7 @@ class VisionTransformer(Backbone):
         # It exists without masking too, as in the public weights; it is trained only where it is used.
         self.mask_token = nn.Parameter(torch.empty(1, 1, width), requires_grad=mask_ratio > 0)
         self.patch_choice = PatchChoice(mask_ratio)
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, int(width * mlp_ratio), rate) for rate in rates)
         self.norm = nn.LayerNorm(width)
         self.feature = nn.Sequential(
