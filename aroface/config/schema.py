@@ -115,16 +115,6 @@ class TrainConfig(Section):
     log: LogConfig = LogConfig()
     evaluate: EvaluateConfig | None = Field(None, description="evaluation while training; null: none")
 
-    @model_validator(mode="after")
-    def _batches_fit(self) -> Self:
-        batch = self.batch
-        if batch.micro_batch is not None and batch.global_batch % batch.micro_batch:
-            raise ValueError(
-                f"batch.global_batch = {batch.global_batch} is not a multiple of "
-                f"batch.micro_batch = {batch.micro_batch}"
-            )
-        return self
-
     @property
     def peak_lr(self) -> float:
         """Learning rate after the warm-up: proportional to the global batch."""

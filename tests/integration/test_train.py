@@ -168,7 +168,7 @@ def test_check_builds_everything_and_trains_nothing(tmp_path, drawn_shards, caps
         (["alignment.share=0.01"], "of 8 images per rank and micro-batch is no image; raise alignment.share"),
         (["alignment.share=0.1"], "is one image, which has no batch statistics; raise alignment.share"),
         (["data.shards=nowhere"], "nowhere is not a finished shard directory"),
-        (["batch.micro_batch=5"], "batch.global_batch = 16 is not a multiple of batch.micro_batch = 5"),
+        (["batch.micro_batch=5"], "batch.micro_batch 5 x accumulation 3.2 x 1 ranks = batch.global_batch 16"),
         (["data.min_images_per_identity=100"], "leaves nothing"),
         (["engine.deepspeed_extra={gradient_cliping: 1}"], "gradient_cliping is not passed to DeepSpeed"),
         (["engine.deepspeed_extra={zero_optimization: 1}"], "zero_optimization = 1 is not a group of settings"),
