@@ -14,6 +14,7 @@ __all__ = ["Communication", "Memory", "Plan", "StepTime", "communication", "memo
 _FP32 = 4
 _HALF = 2
 _LATENCY_S = 30e-6  # of one collective
+_ALLREDUCE_NUMBERS = 500_000_000  # that DeepSpeed without ZeRO reduces at once
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,21 @@ def _backbone_state(work: Workload) -> tuple[float, float, float, float]:
     """Weights, optimiser state, gradients and buffers of DeepSpeed: fp32 everywhere, autocast casts in passing."""
     whole = float(_FP32 * work.backbone.parameters)
     part = whole / work.gpus
+    # One buffer for each precision that gradients are sent in, whatever the size of the backbone: with autocast, norms
+    # go in fp32 and convolutions in the low precision, whose buffer is fp32 as well up to stage 2.
     bucket = float(_FP32 * work.bucket_numbers)
+    is_mixed = work.precision != "fp32"
     match work.zero_stage:
         case 0:
-            return whole, whole, whole, min(whole, bucket)  # gradients are copied to be reduced together
+            return whole, whole, whole, min(whole, float(_FP32 * _ALLREDUCE_NUMBERS))  # copies, to be reduced together
         case 1:
-            return whole, 2 * part, whole + part, bucket  # an fp32 copy of the weights and the momentum, partitioned
+            # An fp32 copy of the weights and the momentum are partitioned; accumulated gradients are whole.
+            accumulated = whole if work.accumulation > 1 else 0.0
+            return whole, 2 * part, accumulated + part, bucket * (2 if is_mixed else 1)
         case 2:
-            return whole, 2 * part, part, bucket
+            return whole, 2 * part, part, bucket * (2 if is_mixed else 1)
         case _:
-            return part, 2 * part, part, bucket
+            return part, 2 * part, part, bucket * (1.5 if is_mixed else 1)
 
 
 def communication(work: Workload) -> Communication:
