@@ -25,7 +25,7 @@ from retrieval.metrics.identification import (
     OpenSetPoint,
     StratumResult,
 )
-from retrieval.metrics.intervals import Interval
+from retrieval.metrics.intervals import Interval, wilson
 from retrieval.metrics.rules import MIN_SUPPORTED
 from retrieval.metrics.verification import VerificationPoint, VerificationResult
 
@@ -146,8 +146,10 @@ def verification_record(
     """
     metrics = {f"tar@far={label}": _tar(point) for label, point in zip(far_labels, result.points, strict=True)}
     reason = result.points[0].reason if result.points else None
+    total = result.num_genuine + result.num_impostor
     metrics["accuracy"] = metric(
         result.accuracy,
+        interval=None if result.accuracy is None else wilson(round(result.accuracy * total), total),
         reason=reason,
         threshold=result.accuracy_threshold,
         note="best threshold chosen on these pairs: optimistic",
@@ -206,7 +208,7 @@ def identification_record(result: IdentificationResult, *, fpir_labels: Sequence
     for label, point in zip(fpir_labels, result.open_set, strict=True):
         metrics[f"tpir@fpir={label}"] = _tpir(point)
     if result.mean_average_precision is not None:
-        metrics["map"] = metric(result.mean_average_precision)
+        metrics["map"] = metric(result.mean_average_precision, interval=result.precision_interval)
     counts = {
         "probes": len(result.searches[0].best),
         "galleries": len(result.searches),

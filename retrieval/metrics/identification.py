@@ -65,6 +65,7 @@ class IdentificationResult:
     open_set: tuple[OpenSetPoint, ...]
     enrolled_ranks: tuple[tuple[int, float | None], ...]  #: CMC(k) over searches in which both sides were enrolled
     mean_average_precision: float | None = None  #: over mated searches, where it was asked for
+    precision_interval: Interval | None = None  #: of that mean, by the bootstrap
 
     def cmc(self, length: int) -> list[float]:
         """CMC(1..length), pooled over galleries."""
@@ -302,7 +303,22 @@ def _with_bootstrap(result: IdentificationResult, subjects: NDArray[Any], resamp
         )
         intervals = [percentile_interval(column, subjects=mated) for column in values.T]
         open_set.append(replace(point, interval=intervals[0], interval_rank_l=intervals[1]))
-    return replace(result, ranks=tuple(ranks), open_set=tuple(open_set))
+    precision = _resampled_precision(result.searches, codes, weights) if result.mean_average_precision else None
+    return replace(result, ranks=tuple(ranks), open_set=tuple(open_set), precision_interval=precision)
+
+
+def _resampled_precision(
+    searches: Sequence[GallerySearch], codes: NDArray[np.int64], weights: NDArray[np.float32]
+) -> Interval | None:
+    """Interval of the mean average precision of all mated searches."""
+    sums, counts = np.zeros((2, weights.shape[1]))
+    for search in searches:
+        if search.average_precision is not None:
+            own = search.is_mated
+            sums += np.bincount(codes[own], search.average_precision[own], minlength=len(sums))
+            counts += np.bincount(codes[own], minlength=len(sums))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return percentile_interval(np.asarray(weights @ sums / (weights @ counts), np.float64))
 
 
 def _per_subject(codes: NDArray[np.int64], chosen: NDArray[np.bool_], subjects: int) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from aroface.types import Embedder, FaceSet
 from retrieval.degrade import ALIGNED, Misalignment, nme
 from retrieval.embeddings import EmbeddingSet, concatenate
 from retrieval.extraction import FlipMode, embed_face_set
-from retrieval.metrics import OperatingPoint, operating_point, search_gallery
+from retrieval.metrics import OperatingPoint, operating_point, search_gallery, wilson
 from retrieval.metrics.all_pairs import MOST_COMPARISONS, compare_all
 from retrieval.metrics.rules import MIN_SUPPORTED, accepts
 from retrieval.metrics.verification import pair_scores
@@ -55,6 +55,7 @@ class _Scores:
     genuine: NDArray[np.float32]
     impostor: NDArray[np.float32]
     rank_1: float | None = None
+    num_mated: int = 0
     accuracy: float | None = None
     mated: NDArray[np.float32] | None = None  #: best scores of mated searches, -inf where the mate is not first
     strangers: NDArray[np.float32] | None = None  #: best scores of non-mated searches
@@ -140,7 +141,7 @@ def evaluate_fae_set(
         TASK,
         "canonical",
         counts=counts,
-        metrics=_summary(clean_metrics, frozen, sweeps, settings),
+        metrics=_summary(clean_metrics, clean, frozen, sweeps, settings),
         warnings=warnings,
         sweeps=sweeps,
         set=data_set.name,
@@ -244,6 +245,7 @@ class _Runner:
             compared.scores[compared.same],
             compared.scores[~compared.same],
             rank_1=float((rank <= 1).mean()) if len(rank) else None,
+            num_mated=len(rank),
             mated=np.where(rank <= 1, best, np.float32(-np.inf)) if len(strangers) else None,
             strangers=strangers if len(strangers) else None,
         )
@@ -312,10 +314,20 @@ def _point(
 
 
 def _summary(
-    clean: Mapping[str, float], frozen: _Frozen, sweeps: Sequence[Mapping[str, Any]], settings: FaeSettings
+    clean: Mapping[str, float],
+    scores: _Scores,
+    frozen: _Frozen,
+    sweeps: Sequence[Mapping[str, Any]],
+    settings: FaeSettings,
 ) -> dict[str, Any]:
+    """Clean values with Wilson intervals, and the area under each sweep."""
     shown = [name for name in clean if not name.endswith("_frozen")]
-    metrics = {name: metric(clean[name]) for name in shown}
+    searches = scores.num_mated
+    trials = {"tar": len(scores.genuine), "accuracy": len(scores.genuine) + len(scores.impostor)}
+    counts = {name: trials.get(name.partition("@")[0], searches) for name in shown}
+    metrics = {
+        name: metric(clean[name], interval=wilson(round(clean[name] * counts[name]), counts[name])) for name in shown
+    }
     for name, point in ((f"tar@far={settings.far}", frozen.pairs), (f"tpir@fpir={settings.fpir}", frozen.searches)):
         if point is not None:
             threshold = point.threshold if np.isfinite(point.threshold) else None

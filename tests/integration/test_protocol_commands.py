@@ -64,7 +64,10 @@ def test_tinyface_with_mean_average_precision(tmp_path: Path) -> None:
     assert 0 < np.mean(hits) < 1
     assert record["counts"]["distractors"] == 20
     assert any("the original has 3728" in warning for warning in record["warnings"])
-    assert "subject bootstrap" in record["metrics"]["rank_1"]["ci95_method"]
+    for name in ("rank_1", "map"):
+        entry = record["metrics"][name]
+        assert "subject bootstrap" in entry["ci95_method"]
+        assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
 
 
 def test_tinyface_images_that_are_missing_are_misses(tmp_path: Path) -> None:
