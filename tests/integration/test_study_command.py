@@ -17,10 +17,15 @@ def test_a_tiny_study_runs_and_goes_on(tmp_path, drawn_faces, capsys):
     values |= {"heads": {"arcface": values["heads"]["arcface"]}, "sizes_px": [14], "fae_probes": 4}
     values["alignments"] = {name: values["alignments"][name] for name in ("none", "random")}
     recipe = (STUDY.parent / "faces-32px.yaml").read_text(encoding="utf-8")
-    recipe = recipe.replace("epochs: 8", "epochs: 1").replace("global_batch: 128", "global_batch: 8")
-    (tmp_path / "faces-32px.yaml").write_text(
-        recipe.replace("warmup_epochs: 1", "warmup_epochs: 0").replace("identity: 10", "identity: 2")
-    )
+    for old, new in (
+        ("epochs: 8", "epochs: 1"),
+        ("warmup_epochs: 1", "warmup_epochs: 0"),
+        ("global_batch: 128", "global_batch: 8"),
+        ("min_images_per_identity: 10", "min_images_per_identity: 2"),
+    ):
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (tmp_path / "faces-32px.yaml").write_text(recipe, encoding="utf-8")
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     out = tmp_path / "out"
     command = ["study", str(tmp_path / "study.yaml"), "--data", str(drawn_faces), "--test", str(drawn_faces)]
