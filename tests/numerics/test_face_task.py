@@ -143,3 +143,19 @@ def test_shares_that_leave_too_few_images_are_named(alignment, message):
     with pytest.raises(ConfigError) as error:
         build(config(**alignment))
     assert message in str(error.value)
+
+
+def test_published_attack_draws_the_same_on_every_rank_and_ours_does_not():
+    for alignment, is_same in (
+        ({"kind": "adversarial", "release_compat": True}, True),
+        ({"kind": "adversarial"}, False),
+    ):
+        settings = config(**alignment)
+        seen = []
+        for rank in (0, 1):
+            engine = PlainEngine()
+            head = build_head(settings.head, num_classes=5, embedding_dim=16, seed=0)
+            task = FaceTask(settings, engine, head, device=torch.device("cpu"), rank=rank)
+            images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+            seen.append(task._align(images, batch().labels, step=0, micro_step=0).images)
+        assert torch.equal(*seen) is is_same
