@@ -121,7 +121,7 @@ def frozen_statistics(module: nn.Module, mode: Literal["batch", "running"]) -> I
     Args:
         module: the backbone.
         mode: `batch` normalises by the statistics of the batch at hand without recording them; `running` by the
-            running averages.
+            running averages. A batch norm that is frozen (in evaluation mode) keeps its running averages in both.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m, m.training, m.track_running_stats) for m in norms]
@@ -136,7 +136,7 @@ def frozen_statistics(module: nn.Module, mode: Literal["batch", "running"]) -> I
         for norm in norms:
             if mode == "running":
                 norm.eval()
-            else:
+            elif norm.training:
                 # Without running buffers a training batch norm has nothing to update.
                 norm.track_running_stats = False
                 norm.running_mean = norm.running_var = None

@@ -217,6 +217,16 @@ def test_batch_mode_normalises_by_the_batch_and_running_mode_by_the_averages():
         torch.testing.assert_close(norm(images), images, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["batch", "running"])
+def test_a_frozen_batch_norm_stays_frozen(mode):
+    net = small_net().eval()
+    images = 3 + torch.randn(6, 3, 16, 16)
+    expected = net(images)
+    with frozen_statistics(net, mode):
+        assert torch.equal(net(images), expected)
+    assert not any(module.training for module in net.modules())
+
+
 def test_same_generator_same_attack():
     images, labels = blobs(), torch.zeros(24)
     runs = [find_worst(images, labels, loss_of=Centroid(), config=config(), generator=generator(3)) for _ in range(2)]
