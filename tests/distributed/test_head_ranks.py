@@ -18,7 +18,7 @@ from tests.helpers.ranks import run_on_ranks
 CLASSES, DIM, BATCH, STEPS = 17, 8, 12, 20
 LR, MOMENTUM, DECAY = 0.05, 0.9, 1e-3
 STEP_SHARE, WEIGHT_SHARE = 2e-5, 2e-4
-#: name -> settings of every run: all heads, chunks smaller than a rank's classes, Partial FC, bf16 products
+#: name -> settings of every run: all heads, chunks smaller than a rank's classes, Partial FC
 RUNS = {name: {**settings, "chunk_classes": 4} for name, settings in HEADS.items()} | {
     f"{name}, sampled": {**HEADS[name], "sample_rate": 0.5}
     for name in ("arcface", "adaface", "curricularface", "magface")
@@ -64,7 +64,7 @@ def train_all(rank, ranks):
     return {name: train(rank, ranks, name) for name in RUNS}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def runs(request):
     """What each rank saw, by run."""
     if request.param == 1:
@@ -136,6 +136,7 @@ def own_rows(rank, ranks):
     return losses, gradients
 
 
+@pytest.mark.slow
 def test_losses_of_the_own_images():
     results = run_on_ranks(own_rows, 3)
     config = head_config("magface")
