@@ -118,21 +118,12 @@ def evaluate_fae_set(
         None if clean.strangers is None else operating_point(clean.strangers, float(settings.fpir)),
     )
     clean_metrics = _measure(clean, frozen, settings)
-    sweeps = []
-    for sweep in SWEEPS:
-        points = []
-        for level in sweep.levels:
-            trials, errors = [clean_metrics], [0.0]
-            if level != sweep.clean_level:
-                trials, errors = [], []
-                for trial in range(settings.trials if sweep.is_random else 1):
-                    moved = runner.moved(sweep, level, trial, references)
-                    trials.append(_measure(runner.score(moved.references, moved.probes), frozen, settings))
-                    errors.extend(moved.errors)
-            points.append(_point(level, trials, errors, clean_metrics))
-        sweeps.append({"name": sweep.name, "unit": sweep.unit, "points": points})
-    counts = {"probes": len(data_set.probes.template_ids), "gallery": len(data_set.references.template_ids)}
-    counts |= {"genuine": len(clean.genuine), "impostor": len(clean.impostor), "trials": settings.trials}
+    sweeps = [
+        {"name": sweep.name, "unit": sweep.unit, "points": runner.points(sweep, references, frozen, clean_metrics)}
+        for sweep in SWEEPS
+    ]
+    counts = {"probes": len(probes), "gallery": len(references), "genuine": len(clean.genuine)}
+    counts |= {"impostor": len(clean.impostor), "trials": settings.trials}
     counts |= {"fte_probes": int((~probes.enrolled).sum()), "fte_gallery": int((~references.enrolled).sum())}
     prepared, warnings = preprocessing(references.metadata)
     if frozen.pairs.k < MIN_SUPPORTED:
@@ -209,6 +200,24 @@ class _Runner:
             )
             self._done += len(rows)
             yield rows, found.embeddings
+
+    def points(
+        self, sweep: Sweep, references: EmbeddingSet, frozen: _Frozen, clean: dict[str, float]
+    ) -> list[dict[str, Any]]:
+        """Every level of a sweep."""
+        points = []
+        for level in sweep.levels:
+            if level == sweep.clean_level:
+                points.append(_point(level, [clean], [0.0], clean))
+                continue
+            trials: list[dict[str, float]] = []
+            errors: list[float] = []
+            for trial in range(self._settings.trials if sweep.is_random else 1):
+                moved = self.moved(sweep, level, trial, references)
+                trials.append(_measure(self.score(moved.references, moved.probes), frozen, self._settings))
+                errors.extend(moved.errors)
+            points.append(_point(level, trials, errors, clean))
+        return points
 
     def moved(self, sweep: Sweep, level: float, trial: int, references: EmbeddingSet) -> _Moved:
         """Both sides at one level of a sweep."""

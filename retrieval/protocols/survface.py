@@ -6,6 +6,7 @@
 Source: Cheng, Zhu, Gong, Surveillance Face Recognition Challenge (arXiv:1804.09691); docs of the protocols, E.1.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,15 @@ def read_survface(folder: Path) -> SurvFaceLists:
     """Read the lists of the identification test.
 
     Raises:
-        DataError: missing, malformed, or an identity that is not positive.
+        DataError: missing, malformed, a name that is listed twice, or an identity that is not positive.
     """
     paths = folder / "gallery_img_ID_pairs.mat", folder / "mated_probe_img_ID_pairs.mat"
     gallery, gallery_ids = matlab_cells(paths[0], "gallery_set", "gallery_ids")
     probes, probe_ids = matlab_cells(paths[1], "mated_probe_set", "mated_probe_ids")
+    for path, names in zip(paths, (gallery, probes), strict=True):
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            raise DataError(f"{path} lists {twice!r} twice; every image is searched or enrolled once.")
     if min(gallery_ids.min(initial=1), probe_ids.min(initial=1)) <= 0:
         raise DataError(f"{folder}: an identity is not positive; only unmated probes are nobody.")
     return SurvFaceLists(gallery, gallery_ids, probes, probe_ids, paths)

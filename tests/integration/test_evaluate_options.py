@@ -313,3 +313,19 @@ def test_details_of_embedding_files_can_be_compared(tmp_path: Path) -> None:
     command = ["evaluate", "compare", tmp_path / "a-d.npz", tmp_path / "b-d.npz", "--far", "0.2", "--out", out]
     assert main(list(map(str, [*command, "--resamples", 50]))) == 0
     assert json.loads(out.read_text())["metrics"]["tar@far=0.2"]["value"] > 0
+
+
+def test_a_model_whose_colour_order_is_unknown_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from onnx import TensorProto, helper, save
+
+    shape = ["n", 112, 112, 3]
+    node = helper.make_node("Identity", ["images"], ["embedding"])
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("images", "embedding")]
+    save(helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:]), ir_version=9), tmp_path / "m.onnx")
+    faces = write_faces(tmp_path / "faces", {"001": 1})
+    source = ["--model", tmp_path / "m.onnx", "--images", faces, "--out", tmp_path / "r.json"]
+    assert main(list(map(str, ["evaluate", "scface", *source]))) == 2
+    error = capsys.readouterr().err
+    assert "carries no complete input contract" in error
+    assert "colour_order" in error
+    assert "Without it the preprocessing would be a guess" in error

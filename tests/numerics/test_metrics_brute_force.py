@@ -154,3 +154,27 @@ def test_bootstrap_interval_covers_the_value_and_shrinks_with_more_subjects():
         assert point.interval.low <= point.tar <= point.interval.high
         widths.append(point.interval.high - point.interval.low)
     assert widths[1] < widths[0]
+
+
+def test_open_set_rates_equal_plain_loops_with_ties_and_failures():
+    generator = np.random.default_rng(17)
+    compared = 0
+    for _ in range(CASES):
+        gallery, probes = random_sets(generator)
+        rate, listed = float(generator.choice([0.1, 0.25, 0.5])), int(generator.integers(1, 4))
+        point = evaluate_identification([gallery], probes, fpirs=(rate,), candidates=listed).open_set[0]
+        scores = (probes.unit() @ gallery.unit().T).astype(np.float32)
+        scores[~probes.enrolled] = -np.inf
+        scores[:, ~gallery.enrolled] = -np.inf
+        rows = brute_search(scores, gallery.subject_ids.tolist(), probes.subject_ids.tolist(), "entry")
+        mated, strangers = [row for row in rows if row[0]], [row[1] for row in rows if not row[0]]
+        if not mated or not strangers:
+            assert point.tpir is None
+            continue
+        threshold = canonical_threshold(strangers, rate)
+        hits = [rank for _, best, rank, _ in mated if best > threshold]
+        assert point.tpir == sum(rank <= 1 for rank in hits) / len(mated)
+        assert point.tpir_rank_l == sum(rank <= listed for rank in hits) / len(mated)
+        assert point.point.realised == sum(score > threshold for score in strangers) / len(strangers)
+        compared += 1
+    assert compared > CASES / 4

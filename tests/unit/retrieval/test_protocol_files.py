@@ -21,9 +21,10 @@ from retrieval.protocols.ijb import (
 from retrieval.protocols.ijbs import read_ijbs
 from retrieval.protocols.lfw_pairs import is_list_of_files, read_file_pairs, read_lfw_pairs
 from retrieval.protocols.scface import find_scface
+from retrieval.protocols.survface import read_survface
 from retrieval.protocols.tinyface import COUNTS, read_tinyface_lists
 from shards.faces import ImageFolder
-from tests.helpers.protocol_sets import cells, write_ijb, write_ijbs, write_tinyface
+from tests.helpers.protocol_sets import cells, write_ijb, write_ijbs, write_survface, write_tinyface
 
 REAL = Path(__file__).parents[4] / "shared" / "protocols"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real protocol files are not here")
@@ -143,6 +144,14 @@ def test_unusable_tinyface_lists(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(print))
     with pytest.raises(DataError, match="cannot be read as a MATLAB file"):
         read_tinyface_lists(tmp_path / "lists")
+
+
+def test_a_survface_image_listed_twice_is_refused(tmp_path: Path) -> None:
+    write_survface(tmp_path / "lists")
+    path = tmp_path / "lists" / "mated_probe_img_ID_pairs.mat"
+    savemat(path, {"mated_probe_set": cells(["1_a.jpg", "1_a.jpg"]), "mated_probe_ids": np.array([[1], [1]])})
+    with pytest.raises(DataError, match="lists '1_a.jpg' twice"):
+        read_survface(tmp_path / "lists")
 
 
 SINGLE = "galleries/cs6_surveillance_to_single"
