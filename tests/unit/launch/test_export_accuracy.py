@@ -36,8 +36,8 @@ def test_rank_1_is_what_a_loop_finds() -> None:
 
 
 def test_perfect_embeddings_reach_everything_and_noise_nothing() -> None:
-    assert set(measure_rates(drawn(30, 4, noise=1e-3), far=0.001, fpir=0.02).values()) == {1.0}
-    assert max(measure_rates(drawn(60, 4, noise=1e3), far=0.001, fpir=0.02).values()) < 0.1
+    assert set(measure_rates(drawn(30, 4, noise=1e-3), far=0.001, fpir=0.05).values()) == {1.0}
+    assert max(measure_rates(drawn(60, 4, noise=1e3), far=0.001, fpir=0.02).values()) < 0.15
 
 
 def test_half_of_the_identities_are_strangers() -> None:
