@@ -36,6 +36,7 @@ from export.quantise import quantise
 from export.runtime import OnnxEmbedder
 
 __all__ = [
+    "MIN_BF16_OPSET_VERSION",
     "MIN_OPSET_VERSION",
     "OPSET_VERSION",
     "OnnxExport",
@@ -49,9 +50,10 @@ __all__ = [
 
 #: The newest that both ONNX Runtime 1.32 and TensorRT 11 read.
 OPSET_VERSION = 25
-#: Read by ONNX Runtime from 1.17 and TensorRT from 10.0 on; bf16 convolutions exist from 22 on.
+#: Read by ONNX Runtime from 1.17 and TensorRT from 10.0 on.
 MIN_OPSET_VERSION = 20
-_MIN_BF16_OPSET_VERSION = 22
+#: The first with bf16 convolutions.
+MIN_BF16_OPSET_VERSION = 22
 
 _MAX_FILE_BYTES = (1 << 31) - 1  # a protobuf message, and so a self-contained ONNX file, ends at 2 GiB
 _MAX_TRACED_BATCH = 4096  # bound for the tracer only; the graph takes any batch
@@ -208,7 +210,7 @@ def build_onnx(model: TrainedModel, settings: OnnxSettings) -> onnx.ModelProto:
 
 
 def _check_settings(settings: OnnxSettings) -> None:
-    lowest = _MIN_BF16_OPSET_VERSION if settings.precision == "bf16" else MIN_OPSET_VERSION
+    lowest = MIN_BF16_OPSET_VERSION if settings.precision == "bf16" else MIN_OPSET_VERSION
     if not lowest <= settings.opset_version <= OPSET_VERSION:
         raise ExportError(
             f"--opset {settings.opset_version} cannot be had for {settings.precision}; {lowest} to {OPSET_VERSION} can."

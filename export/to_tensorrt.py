@@ -21,17 +21,19 @@ from aroface.files import atomic_path, write_json
 from aroface.types import Embedder
 from export.accuracy import AccuracyGate, AccuracyReport, check_accuracy
 from export.engine_record import ENGINE_FORMAT_VERSION, BatchProfile, EngineRecord, record_path
-from export.metadata import ModelMetadata
+from export.metadata import ModelMetadata, Precision
 from export.parity import ParityReport, check_parity
 from export.tensorrt_probe import GpuState, require_tensorrt
 from export.tensorrt_runtime import TensorRtEmbedder, make_logger
+from export.to_onnx import MIN_BF16_OPSET_VERSION, MIN_OPSET_VERSION, OPSET_VERSION
 
-__all__ = ["DEFAULT_PROFILES", "EngineExport", "EngineSettings", "build_plan", "export_tensorrt"]
+__all__ = ["DEFAULT_PROFILES", "EngineExport", "EngineSettings", "build_plan", "export_tensorrt", "opset_for"]
 
 #: One for a single face, one for filled batches.
 DEFAULT_PROFILES = (BatchProfile(minimum=1, optimum=1, maximum=8), BatchProfile(minimum=1, optimum=64, maximum=64))
 
 _GIB = 1 << 30
+_NEW_PARSER_MAJOR = 11  # reads up to opset 25
 _OPTIMISATION_LEVELS = range(6)
 
 
@@ -94,6 +96,13 @@ def export_tensorrt(
         gates = {"parity": parity.to_json(), "accuracy": None if accuracy is None else accuracy.to_json()}
         write_json(record_path(path), {**(report or {}), **gates, "engine": record.model_dump(mode="json")})
     return EngineExport(record, parity, accuracy)
+
+
+def opset_for(tensorrt_release: str, precision: Precision) -> int:
+    """The newest opset that a TensorRT release, such as `10.13`, surely reads."""
+    if int(tensorrt_release.split(".")[0]) >= _NEW_PARSER_MAJOR:
+        return OPSET_VERSION
+    return MIN_BF16_OPSET_VERSION if precision == "bf16" else MIN_OPSET_VERSION
 
 
 def build_plan(serialized_onnx: bytes, metadata: ModelMetadata, settings: EngineSettings) -> bytes:

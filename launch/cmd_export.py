@@ -157,10 +157,12 @@ def _to_onnx(args: argparse.Namespace) -> int:
 def _to_tensorrt(args: argparse.Namespace) -> int:
     from export.engine_record import BatchProfile
     from export.tensorrt_probe import require_tensorrt
-    from export.to_tensorrt import DEFAULT_PROFILES, EngineSettings, export_tensorrt
+    from export.to_tensorrt import DEFAULT_PROFILES, EngineSettings, export_tensorrt, opset_for
 
     profiles = tuple(BatchProfile.parse(text) for text in args.batch_profile or ())
-    require_tensorrt()
+    gpu = require_tensorrt()  # before the minutes that the rest takes
+    if args.opset is None:
+        args.opset = opset_for(gpu.tensorrt_release, args.precision or "fp32")
     settings = EngineSettings(
         profiles=profiles or DEFAULT_PROFILES,
         workspace_gib=args.workspace_gib,

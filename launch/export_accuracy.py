@@ -1,5 +1,6 @@
 """The rates that the accuracy gate of an export compares, measured on a set of faces."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
 
     from aroface.types import Embedder, FaceSet
     from retrieval.embeddings import EmbeddingSet
+    from retrieval.metrics import OperatingPoint
 
 __all__ = ["measure_rates", "rates_on"]
 
 _IMPOSTOR_PAIRS = 100_000
+
+_log = logging.getLogger(__name__)
 
 
 def rates_on(faces: "FaceSet", *, far: float, fpir: float) -> "Callable[[Embedder], Mapping[str, float]]":
@@ -64,10 +68,11 @@ def measure_rates(embeddings: "EmbeddingSet", *, far: float, fpir: float) -> dic
     second = np.concatenate([others, right])
     same = np.arange(len(first)) < len(others)
     pairs = evaluate_pairs(pair_scores(embeddings, first, second), same, fars=(far,))
+    identified, verified = half.open_set[0], pairs.points[0]
     return {
-        "rank_1": _existing(every.ranks[0][1], "Rank-1", None),
-        f"tar@far={far:g}": _existing(pairs.points[0].tar, f"--far {far:g}", pairs.points[0].reason),
-        f"tpir@fpir={fpir:g}": _existing(half.open_set[0].tpir, f"--fpir {fpir:g}", half.open_set[0].reason),
+        "rank_1": float(every.ranks[0][1] or 0.0),
+        f"tar@far={far:g}": _existing(verified.tar, verified.point, verified.reason, f"--far {far:g}"),
+        f"tpir@fpir={fpir:g}": _existing(identified.tpir, identified.point, identified.reason, f"--fpir {fpir:g}"),
     }
 
 
@@ -95,10 +100,18 @@ def _impostors(person: "NDArray[np.int64]") -> "tuple[NDArray[np.int64], NDArray
     return left[different], right[different]
 
 
-def _existing(value: float | None, name: str, reason: str | None) -> float:
-    if value is None:
+def _existing(value: float | None, point: "OperatingPoint | None", reason: str | None, option: str) -> float:
+    """The rate, if a false accept at least stands behind it."""
+    from retrieval.metrics.rules import MIN_SUPPORTED
+
+    if value is None or point is None or point.k < 1:
+        why = reason or "not one false accept is allowed at that rate"
         raise ConfigError(
-            f"{name} does not exist on the accuracy set ({reason or 'nobody was searched'}); name a larger set, or a "
-            "higher rate."
+            f"{option} does not exist on the accuracy set ({why}); name a larger set with --accuracy-set, or a higher "
+            "rate."
+        )
+    if point.k < MIN_SUPPORTED:
+        _log.warning(
+            "%s rests on %d false accepts of the accuracy set; a steady rate takes %d.", option, point.k, MIN_SUPPORTED
         )
     return value

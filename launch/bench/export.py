@@ -55,14 +55,13 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in ("depths", "width", "batches", "images", "threads", "rounds")}
     settings["models"] = [path.name for path in args.models]
     report = Report("export", _PACKAGES, settings)
-    details: dict[str, object] = {}
+    details: dict[str, object] = report.details.setdefault("measurements", {})
     if args.models:
         _measure_files(args, report, details)
     else:
         for depth in args.depths:
             with tempfile.TemporaryDirectory(prefix="aroface-bench-") as folder:
                 _measure_depth(args, depth, Path(folder), report, details)
-    report.details["measurements"] = details
     report.write(args.out)
     return 0
 

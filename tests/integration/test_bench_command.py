@@ -33,6 +33,21 @@ def test_the_loader_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (figure["goal"] is None) == (figure["reached"] is None)
 
 
+@pytest.mark.slow
+def test_exports_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "export.json"
+    sizes = ["--depths", "18", "--width", "0.125", "--batches", "1,2", "--images", "2", "--rounds", "1"]
+    assert main(["bench", "export", *sizes, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert set(record["measurements"]) == {"R18, batch 1", "R18, batch 2"}
+    cosines = {name: entry["min_cosine"] for name, entry in record["measurements"]["R18, batch 2"].items()}
+    assert len(cosines) == 9
+    assert min(cosines[name] for name in cosines if "fp32" in name) > 0.99999
+    assert min(cosines[name] for name in cosines if "16" in name) > 0.995
+    goals = {figure["name"] for figure in record["figures"] if figure["goal"] is not None}
+    assert "R18, batch 1: onnxruntime fp32 / eager" in goals
+
+
 def test_the_protocols_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "protocols.json"
     assert main(["bench", "protocols", "--scale", "0.01", "--resamples", "20", "--out", str(out)]) == 0

@@ -75,7 +75,7 @@ def test_flip_sum_on_onnx_equals_the_checkpoint(place: Path, tmp_path: Path) -> 
         ("nowhere.onnx", (), "does not exist; make it with"),
         ("faces", (), "holds no whole checkpoint"),
         ("faces/person1/1.jpg", (), "is not a model that can be run"),
-        ("model.onnx", ("--precision", "bf16"), "is for checkpoints"),
+        ("model.onnx", ("--precision", "bf16"), "is for checkpoints, and for .onnx files with --runtime openvino"),
         ("run", ("--processes", "2"), "needs a folder for --out"),
     ],
 )

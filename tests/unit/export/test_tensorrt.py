@@ -22,8 +22,8 @@ from export.engine_record import BatchProfile, read_engine_record, record_path
 from export.parity import synthetic_faces
 from export.tensorrt_probe import GpuState, require_tensorrt
 from export.tensorrt_runtime import choose_profile, open_engine
-from export.to_onnx import OnnxSettings, make_onnx
-from export.to_tensorrt import EngineSettings, export_tensorrt
+from export.to_onnx import OPSET_VERSION, OnnxSettings, make_onnx
+from export.to_tensorrt import EngineSettings, export_tensorrt, opset_for
 from tests.helpers import tensorrt_stand_in as stand_in
 from tests.helpers.checkpoints import IMAGE_SIZE, tiny_model
 
@@ -131,6 +131,11 @@ def test_the_nearest_profile_runs_a_batch() -> None:
     profiles = (BatchProfile.parse("1,1,8"), BatchProfile.parse("1,32,64"), BatchProfile.parse("16,16,16"))
     assert [choose_profile(profiles, batch) for batch in (1, 8, 9, 16, 17, 64)] == [0, 0, 1, 2, 1, 1]
     assert choose_profile((BatchProfile.parse("4,4,4"), BatchProfile.parse("8,8,8")), 2) == 0
+
+
+def test_older_releases_get_an_older_opset() -> None:
+    assert opset_for("11.4", "fp16") == opset_for("12.0", "bf16") == OPSET_VERSION
+    assert (opset_for("10.13", "int8"), opset_for("10.9", "bf16")) == (20, 22)
 
 
 @pytest.mark.parametrize("text", ["", "1", "1,2", "0,1,2", "2,1,3", "1,2,x", "1,2,9999", "1,2,3,4"])
