@@ -257,7 +257,8 @@ def _print_state(gallery: "Gallery", *, with_entries: bool) -> None:
     print(f"  generation  {manifest.generation}, {len(manifest.segments)} segments, checksums verified")
     if manifest.index_record:
         outside, removed = gallery.outside_index
-        print(f"  index       {manifest.index_record.factory}, effort {manifest.index_record.effort}")
+        record = manifest.index_record
+        print(f"  index       {record.factory}, effort {record.effort}, {record.rescored} rescored per place")
         print(f"              {outside} entries outside it, {removed} removed ones still in it")
     if with_entries:
         print("entry\tsubject\tnorm")

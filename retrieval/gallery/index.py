@@ -34,13 +34,14 @@ _TRAINING_POINTS = 64  # for each cluster
 _ADD_ROWS = 1 << 14
 _HNSW_NEIGHBOURS = 32
 _HNSW_CONSTRUCTION = 100
-#: Efforts tried from the cheapest on, until the wanted recall is reached.
-_EFFORTS: dict[str, tuple[int, ...]] = {
-    "ivf": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512),
-    "hnsw": (16, 32, 64, 128, 256, 512),
-    "scan": (2, 4, 8, 16, 32, 64),
+_VISITS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+#: (lists visited or candidates kept, rescored for each wanted one), tried in this order until the recall is reached.
+_EFFORTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "scan": tuple((0, rescored) for rescored in (2, 4, 8, 16, 32, 64)),
+    "ivf": tuple((visits, 4) for visits in _VISITS),
+    "ivf-pq": tuple((visits, rescored) for rescored in (4, 16, 64) for visits in _VISITS),
+    "hnsw": tuple((kept, 4) for kept in (16, 32, 64, 128, 256, 512)),
 }
-_RESCORED_PER_PLACE = 4
 _RESCORED_LEAST = 32
 _SAMPLE_COSINE = 0.4
 _OWNER_MARK = b"\naroface gallery index of "
@@ -107,7 +108,7 @@ def build_index(
         index.train(_training_sample(rows, factory))
     for block in rows.blocks(_ADD_ROWS):
         index.add(np.ascontiguousarray(block))
-    effort, recall = _measured(index, wish, rows, entries, until)
+    effort, rescored, recall = _measured(index, wish, rows, entries, until)
     path = directory / f"index-{generation:08d}.faiss"
     with atomic_path(path) as temporary:
         faiss.write_index(index, str(temporary))
@@ -123,6 +124,7 @@ def build_index(
         until=until,
         factory=factory,
         effort=effort,
+        rescored=rescored,
         recall=recall,
     )
 
@@ -153,7 +155,7 @@ def open_index(directory: Path, manifest: Manifest) -> TrackedIndex:
             f"{path} holds {index.ntotal} vectors of {index.d} dimensions, where the manifest says {record.rows} of "
             f"{dimension}. Make it again with `aroface gallery compact`."
         )
-    return _tracked(index, numbers, manifest.index, record.effort)
+    return _tracked(index, numbers, manifest.index, record.effort, record.rescored)
 
 
 def _check_owner(path: Path, gallery_id: str, record: FileRecord) -> None:
@@ -168,32 +170,28 @@ def _check_owner(path: Path, gallery_id: str, record: FileRecord) -> None:
         )
 
 
-def _tracked(index: Any, numbers: NDArray[np.int64], kind: IndexKind, effort: int) -> TrackedIndex:
-    """How an index of `kind` is searched with `effort`."""
+def _tracked(index: Any, numbers: NDArray[np.int64], kind: IndexKind, effort: int, rescored: int) -> TrackedIndex:
+    """How an index of `kind` is searched."""
     import faiss
 
-    family = _family(kind)
-    if family == "scan":
-        return TrackedIndex(index, numbers, candidates=effort, least=_RESCORED_LEAST)
-    if family == "ivf":
+    if kind.startswith("ivf"):
         faiss.extract_index_ivf(index).nprobe = effort
-    else:
+    elif kind.startswith("hnsw"):
         index.hnsw.efSearch = effort
-    return TrackedIndex(index, numbers, candidates=_RESCORED_PER_PLACE, least=_RESCORED_LEAST)
+    return TrackedIndex(index, numbers, candidates=rescored, least=_RESCORED_LEAST)
 
 
-def _family(kind: IndexKind) -> str:
-    family = kind.partition("-")[0]
-    return family if family in _EFFORTS else "scan"
+def _efforts(kind: IndexKind) -> tuple[tuple[int, int], ...]:
+    return _EFFORTS.get(kind) or _EFFORTS.get(kind.partition("-")[0]) or _EFFORTS["scan"]
 
 
 def _prepare(index: Any, kind: IndexKind) -> None:
     import faiss
 
-    if _family(kind) == "ivf":
+    if kind.startswith("ivf"):
         faiss.extract_index_ivf(index).cp.max_points_per_centroid = _TRAINING_POINTS
         faiss.extract_index_ivf(index).cp.spherical = True  # vectors and centres have length 1
-    elif _family(kind) == "hnsw":
+    elif kind.startswith("hnsw"):
         index.hnsw.efConstruction = _HNSW_CONSTRUCTION
 
 
@@ -205,34 +203,34 @@ def _training_sample(rows: Rows, factory: str) -> NDArray[np.float32]:
     return rows.take(chosen)
 
 
-def _measured(index: Any, wish: IndexWish, rows: Rows, entries: Entries, until: int) -> tuple[int, Recall]:
+def _measured(index: Any, wish: IndexWish, rows: Rows, entries: Entries, until: int) -> tuple[int, int, Recall]:
     """The cheapest effort that reaches the wanted recall, and the recall there."""
     probes, source = _sample(wish, rows)
     exact = search_source(FlatSource(rows, entries), probes, Request(top=min(10, len(rows))))
-    reached: tuple[int, Recall] | None = None
-    family = _family(wish.kind)
-    for effort in _EFFORTS[family]:
-        if family == "ivf" and effort > index.nlist:
-            break
-        tracked = _tracked(index, entries.numbers, wish.kind, effort)
+    best: tuple[int, int, Recall] | None = None
+    for effort, rescored in _efforts(wish.kind):
+        if best is not None and wish.kind.startswith("ivf") and effort > index.nlist:
+            continue
+        tracked = _tracked(index, entries.numbers, wish.kind, effort, rescored)
         found = search_source(IndexedSource(rows, entries, tracked, until), probes, Request(top=min(10, len(rows))))
         shares = [
-            (bool(near) and near[0].score >= best[0].score, sum(c.score >= best[-1].score for c in near) / len(best))
-            for near, best in zip(found, exact, strict=True)
+            (bool(near) and near[0].score >= true[0].score, sum(c.score >= true[-1].score for c in near) / len(true))
+            for near, true in zip(found, exact, strict=True)
         ]
         at_1, at_10 = (float(value) for value in np.mean(shares, axis=0))
-        reached = effort, Recall(at_1=at_1, at_10=at_10, probes=len(probes), source=source)
+        recall = Recall(at_1=at_1, at_10=at_10, probes=len(probes), source=source)
+        if best is None or at_1 > best[2].at_1:
+            best = effort, rescored, recall
         if at_1 >= wish.recall:
-            return reached
-    if reached is None:
-        raise DataError(f"An index of kind {wish.kind} cannot be searched here; choose flat.")
-    logger.warning(
-        "Index %s: recall@1 is %.4f at most, not %g; choose another kind, or flat.",
-        wish.kind,
-        reached[1].at_1,
-        wish.recall,
-    )
-    return reached
+            break
+    if best is None:
+        raise ValueError(f"no way to search the kind {wish.kind}")
+    if best[2].at_1 < wish.recall:
+        logger.warning(
+            "Index %s: recall@1 is %.4f at most, not %g; choose another kind, or flat.",
+            *(wish.kind, best[2].at_1, wish.recall),
+        )
+    return best
 
 
 def _sample(wish: IndexWish, rows: Rows) -> tuple[NDArray[np.float32], str]:

@@ -81,7 +81,8 @@ class IndexRecord(_Record):
     rows: int = Field(ge=1, description="entries when it was made; later removals are skipped at search")
     until: int = Field(ge=1, description="entries with this number or a higher one are compared one by one")
     factory: str = Field(description="what Faiss calls it")
-    effort: int = Field(ge=0, description="lists visited (ivf), candidates kept (hnsw) or rescored per place (others)")
+    effort: int = Field(ge=0, description="lists visited (ivf) or candidates kept (hnsw); 0 for the others")
+    rescored: int = Field(ge=1, description="candidates compared again for each place of a list")
     recall: Recall = Field(description="measured against exact search when the index was made")
 
 

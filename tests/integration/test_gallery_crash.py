@@ -1,4 +1,4 @@
-"""A writer is killed at random moments; what is left must be one of the states that it was told to make."""
+"""A writer is killed at random moments; what is left must be the state it had reached, or the one it was making."""
 
 import os
 import random
@@ -7,63 +7,150 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from retrieval.gallery import Gallery
+from aroface.errors import DataError
+from retrieval.gallery import Gallery, segments
 
-# State n holds the vectors 0 .. 3n+1: each addition brings three more, so a mixture of two states shows in the counts.
-_WRITER = """
+DIM = 64
+
+# Change number n is always the same, so that the test knows every state without being told: n mod 6 is 0, 1, 3: enrol
+# three; 2: remove the oldest two; 4: compact; 5: build anew with every other entry. "begin n" is said before, "done n"
+# when the gallery has acknowledged it.
+_CHANGES = """
+import numpy as np
+
+def vectors(ids):
+    return np.stack([np.random.default_rng(int(i)).normal(size=64) for i in ids]).astype(np.float32)
+
+def after(ids, n):
+    if n % 6 in (0, 1, 3):
+        return ids + [str(3 * n + i) for i in range(3)]
+    if n % 6 == 2:
+        return ids[2:]
+    return ids[::2] if n % 6 == 5 else ids
+
+def make(Gallery, gallery, ids, n):
+    new = after(ids, n)
+    if n % 6 in (0, 1, 3):
+        return gallery.add(vectors(new[-3:]), new[-3:], new[-3:])
+    if n % 6 == 2:
+        return gallery.remove(entry_ids=ids[:2])
+    if n % 6 == 4:
+        return gallery.compact()
+    return Gallery.build(gallery.directory, vectors(new), new, new, index="hnsw", replace=True)
+"""
+_WRITER = (
+    _CHANGES
+    + """
+import sys
+from pathlib import Path
+from retrieval.gallery import Gallery, IndexWish, segments
+
+segments.SEGMENT_ROWS = 8
+gallery = Gallery.open(Path(sys.argv[1]))
+ids, n = gallery.entries.entry_ids.tolist(), int(sys.argv[2])
+gallery.search(vectors(["0"]), top=1)
+print("ready", flush=True)
+while True:
+    print("begin", n, flush=True)
+    gallery = make(Gallery, gallery, ids, n)
+    print("done", n, flush=True)
+    ids, n = after(ids, n), n + 1
+"""
+)
+_BUILDER = """
 import sys
 from pathlib import Path
 import numpy as np
-from retrieval.gallery import Gallery
+from retrieval.gallery import Gallery, segments
 
-directory = Path(sys.argv[1])
-gallery = Gallery.open(directory)
+segments.SEGMENT_ROWS = 64
 print("ready", flush=True)
-while True:
-    start = len(gallery)
-    vectors = np.eye(512, dtype=np.float32)[np.arange(start, start + 3) % 512]
-    gallery = gallery.add(vectors, [f"s{i}" for i in range(start, start + 3)])
+vectors = np.random.default_rng(0).normal(size=(2000, 64)).astype(np.float32)
+Gallery.build(Path(sys.argv[1]), vectors, np.arange(2000), index="sq8")
+print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("rounds", [4, pytest.param(30, marks=pytest.mark.slow)])
-def test_a_killed_writer_leaves_an_old_or_a_new_state(tmp_path: Path, rounds: int) -> None:
+def _killed(code: str, *arguments: str, delay_s: float) -> list[str]:
+    """What a writer said until it was killed, `delay_s` after it was ready."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "ready\n"
+    time.sleep(delay_s)
+    writer.send_signal(signal.SIGKILL)
+    said, _ = writer.communicate()
+    return said.splitlines()
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_changes(tmp_path: Path, rounds: int) -> None:
+    changes: dict[str, Any] = {}
+    exec(_CHANGES, changes)  # noqa: S102 - the same functions that the writer runs
     directory = tmp_path / "g"
-    Gallery.build(directory, np.eye(512, dtype=np.float32)[:2], ["s0", "s1"])
-    delays = random.Random(0)
-    count = 2
+    ids, n = ["900001", "900002"], 0
+    Gallery.build(directory, changes["vectors"](ids), ids, ids, index="hnsw")
+    delays, kinds = random.Random(0), set()
     for _ in range(rounds):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(directory)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == b"ready\n"
-        time.sleep(delays.uniform(0.0, 0.15))
-        Gallery.open(directory)  # a reader beside the writer sees a whole state
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+        for line in _killed(_WRITER, str(directory), str(n), delay_s=delays.uniform(0.0, 0.3)):
+            said, _, number = line.partition(" ")
+            if said == "done":
+                assert int(number) == n
+                ids, n = changes["after"](ids, n), n + 1
+            kinds.add(n % 6)
         gallery = Gallery.open(directory)
-        assert len(gallery) >= count
-        assert len(gallery) % 3 == 2
-        count = len(gallery)
-        assert gallery.entries.subject_ids.tolist() == [f"s{i}" for i in range(count)]
-        np.testing.assert_array_equal(gallery.embeddings.argmax(axis=1), np.arange(count) % 512)
-    gallery = gallery.add(np.ones((1, 512), np.float32), ["last"])
-    names = {path.name for path in directory.iterdir()}
-    assert names == {".lock", "manifest.json", *gallery.manifest.file_names}
+        left = gallery.entries.entry_ids.tolist()
+        assert left in (ids, changes["after"](ids, n))
+        np.testing.assert_allclose(gallery.embeddings * gallery.entries.norms[:, None], changes["vectors"](left), 1e-5)
+        for entry, found in zip(left, gallery.search(changes["vectors"](left), top=1), strict=True):
+            assert found[0].entry_id == found[0].subject_id == entry
+        if left != ids:
+            ids, n = left, n + 1
+    gallery = gallery.add(np.ones((1, DIM), np.float32), ["last"])
+    assert {path.name for path in directory.iterdir()} == {".lock", "manifest.json", *gallery.manifest.file_names}
+    assert rounds < 30 or len(kinds) == 6
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_first_build(tmp_path: Path, rounds: int) -> None:
+    delays = random.Random(1)
+    for number in range(rounds):
+        directory = tmp_path / str(number)
+        said = _killed(_BUILDER, str(directory), delay_s=delays.uniform(0.0, 1.5))
+        if (directory / "manifest.json").exists():
+            assert len(Gallery.open(directory)) == 2000
+            continue
+        assert "done" not in said
+        with pytest.raises(DataError, match="make one with"):
+            Gallery.open(directory)
+        assert len(Gallery.build(directory, np.ones((1, 4), np.float32), ["a"])) == 1
 
 
 def test_an_interrupted_first_build_can_be_repeated(tmp_path: Path) -> None:
     directory = tmp_path / "g"
     directory.mkdir()
-    for name in (".embeddings-00000001.npy.ab12.tmp", "embeddings-00000001.npy", ".lock"):
+    part = "embeddings-00000001-0000.npy"
+    for name in (f".{part}.ab12.tmp", part, "index-00000001.faiss", ".lock"):
         (directory / name).write_bytes(b"cut")
     gallery = Gallery.build(directory, np.ones((1, 4), np.float32), ["a"])
     assert gallery.search(np.ones(4), top=1)[0][0].subject_id == "a"
+    assert {path.name for path in directory.iterdir()} == {".lock", "manifest.json", *gallery.manifest.file_names}
+
+
+def test_a_reader_keeps_its_state_and_sees_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_ROWS", 8)
+    vectors = np.random.default_rng(0).normal(size=(40, DIM)).astype(np.float32)
+    old = Gallery.build(tmp_path / "g", vectors[:30], np.arange(30), index="hnsw")
+    expected = old.search(vectors, top=5)
+    new = old.add(vectors[30:], np.arange(30, 40)).remove(entry_ids=["3"]).compact()
+    assert old.search(vectors, top=5) == expected  # its files are deleted, and still open
+    assert old.latest().search(vectors, top=5) == new.search(vectors, top=5) != expected

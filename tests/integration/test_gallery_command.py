@@ -1,0 +1,106 @@
+"""`aroface gallery` from build to calibrated search, on a directory and on Milvus Lite."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.cli import main
+from retrieval.embedding_files import write_embeddings, write_index
+from retrieval.embeddings import EmbeddingSet
+
+DIM = 16
+
+
+def _write(path: Path, rows: slice, seed: int, **columns: Any) -> str:
+    """Faces of the people in `rows`, each a little away from the person."""
+    people = np.random.default_rng(0).normal(size=(1200, DIM))[rows]
+    noise = np.random.default_rng(seed).normal(size=people.shape) / 6
+    subjects = np.array([f"p{i}" for i in range(1200)])[rows]
+    keys = np.array([f"{subject}/{seed}.jpg" for subject in subjects])
+    metadata = {"model_id": "m1", "contract": {"image_size": 112, "colour_order": "rgb"}}
+    found = EmbeddingSet((people + noise).astype(np.float32), subjects, keys=keys, metadata=metadata, **columns)
+    write_embeddings(path, found)
+    return str(path)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> str:
+    folder = tmp_path / "enrolled"
+    (folder / "parts").mkdir(parents=True)
+    names = [f"parts/part-{i:05d}.npz" for i in range(3)]
+    for i, name in enumerate(names):
+        _write(folder / name, slice(350 * i, 350 * (i + 1)), seed=1)
+    write_index(folder, names)
+    return str(folder)
+
+
+def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: Any) -> None:
+    gallery, out = str(tmp_path / "g"), tmp_path / "r.json"
+    mates = _write(tmp_path / "mates.npz", slice(0, 60), seed=2, template_ids=np.arange(60) // 2)
+    strangers = _write(tmp_path / "strangers.npz", slice(1050, 1200), seed=2)
+
+    def run(action: str, *options: str) -> str:
+        assert main(["gallery", action, gallery, *options]) == 0
+        return str(capsys.readouterr().out)
+
+    assert "1050 entries of 1050 subjects, D = 16, cosine, index ivf-sq8, recall@1" in run(
+        "build", "--embeddings", parts, "--index", "ivf-sq8", "--recall-probes", mates
+    )
+    text = run("calibrate", "--probes", strangers, "--fpir", "0.1,0.4")
+    assert "FPIR 0.1" in text
+    assert "not supported: 15 false alarms allowed, 30 needed" in text
+    run("search", "--probes", mates, "--top", "3", "--fpir", "0.1", "--out", str(out))
+    record = json.loads(out.read_text())
+    for search in record["searches"]:
+        assert all(c["score"] > record["threshold"] and c["fpir"] == 0.1 for c in search["candidates"])
+    first = [[c["subject_id"] for c in s["candidates"][:1]] == [s["subject_id"]] for s in record["searches"]]
+    assert np.mean(first) > 0.9
+    run("search", "--probes", mates, "--all", "--threshold", "0.5", "--level", "subject", "--out", str(out))
+    assert any(len(search["candidates"]) > 3 for search in json.loads(out.read_text())["searches"])
+    for fusion in ("best", "pooled"):
+        run("search", "--probes", mates, "--templates", fusion, "--level", "pooled", "--out", str(out))
+        assert [s["probe"] for s in json.loads(out.read_text())["searches"]] == [str(i) for i in range(30)]
+    assert "1200 entries" in run("add", "--embeddings", strangers)
+    assert "1200 entries" in run("add", "--embeddings", strangers, "--upsert")
+    text = run("info")
+    for part in ("150 entries outside it", "(given)", "1050 entries then, 1200 now", "IVF"):
+        assert part in text
+    assert "index hnsw" in run("compact", "--index", "hnsw")
+    assert "0 entries outside it" in run("info")
+    for options, message in [
+        (["search", gallery, "--probes", mates, "--fpir", "0.01"], "calibrated: 0.1, 0.4"),
+        (["search", gallery, "--probes", mates, "--all"], "give --threshold or --fpir"),
+        (["search", gallery, "--probes", strangers, "--templates", "best"], "has no template_ids"),
+        (["search", gallery, "--probes", mates, "--device", "cuda:7"], "choose cpu"),
+        (["add", gallery, "--embeddings", strangers], "occur more than once"),
+    ]:
+        assert main(["gallery", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_gallery_on_milvus(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("milvus_lite")
+    enrolled, probes = (_write(tmp_path / f"{i}.npz", slice(0, 40), seed=i) for i in (1, 2))
+    where = [str(tmp_path / "faces.db"), "--milvus", "--collection", "staff"]
+    local = str(tmp_path / "g")
+    for place in ([local], where):
+        assert main(["gallery", "build", *place, "--embeddings", enrolled]) == 0
+        assert main(["gallery", "remove", *place, "--subject", "p3"]) == 0
+        out = str(tmp_path / f"{len(place)}.json")
+        assert main(["gallery", "search", *place, "--probes", probes, "--out", out]) == 0
+    found = [json.loads((tmp_path / name).read_text())["searches"] for name in ("1.json", "4.json")]
+    assert found[0] == found[1]
+    capsys.readouterr()
+    assert main(["gallery", "info", *where]) == 0
+    assert "39 entries, D = 16" in capsys.readouterr().out
+    for options, message in [
+        (["compact", *where], "Milvus compacts by itself"),
+        (["build", *where, "--embeddings", enrolled], "exists already"),
+        (["info", *where[:2], "--collection", "none"], "There is no collection none"),
+        (["build", str(tmp_path / "h.db"), "--milvus", "--embeddings", enrolled, "--index", "pq"], "choose from flat"),
+    ]:
+        assert main(["gallery", *options]) == 2
+        assert message in capsys.readouterr().err

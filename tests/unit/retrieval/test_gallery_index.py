@@ -1,0 +1,216 @@
+"""Approximate kinds: recall as stated, candidates scored exactly, changes seen at once, files of others refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aroface.errors import ConfigError, DataError
+from retrieval.gallery import INDEX_KINDS, Gallery, IndexWish
+from retrieval.gallery.index import factory_of, num_clusters
+from retrieval.gallery.on_gpu import on_devices, parse_device, sharded_flat
+from retrieval.gallery.search import Request, search_source
+from retrieval.gallery.sources import IndexedSource
+from retrieval.gallery.vectors import as_unit
+
+Array = np.ndarray[Any, Any]
+DIM, PEOPLE = 32, 400
+
+
+def _unit(values: Array) -> Array:
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def _faces(images: int, spread: float, seed: int) -> Array:
+    """`images` of each person, person by person."""
+    people = _unit(np.random.default_rng(0).normal(size=(PEOPLE, DIM)))
+    noise = np.random.default_rng(seed).normal(size=(PEOPLE * images, DIM))
+    return (np.repeat(people, images, axis=0) + spread * _unit(noise)).astype(np.float32)
+
+
+ENROLLED, SUBJECTS = _faces(3, 0.7, 1), np.repeat(np.arange(PEOPLE), 3)
+PROBES = _faces(1, 0.7, 2)[:50]
+
+
+def _exact(enrolled: Array, probe: Array) -> Array:
+    wide = _unit(enrolled.astype(np.float64)).astype(np.float32).astype(np.float64)
+    return (wide * _unit(probe[None].astype(np.float64)).astype(np.float32)).sum(axis=1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    for kind in INDEX_KINDS:
+        Gallery.build(root / kind, ENROLLED, SUBJECTS, index=IndexWish(kind, recall=0.95, sample=100))
+    return {kind: root / kind for kind in INDEX_KINDS}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in INDEX_KINDS if kind != "flat"])
+def test_kinds_reach_the_recall_that_they_state(built: dict[str, Path], kind: str) -> None:
+    gallery = Gallery.open(built[kind])
+    record = gallery.manifest.index_record
+    assert record is not None
+    assert gallery.info.recall == record.recall
+    assert record.recall.probes == 100
+    assert record.recall.at_1 >= 0.95
+    hits = []
+    for probe, found in zip(PROBES, gallery.search(PROBES, top=5), strict=True):
+        scores = _exact(ENROLLED, probe)
+        assert [c.score for c in found] == [scores[int(c.entry_id)] for c in found]  # scored as the flat kind does
+        keys = [(-c.score, int(c.entry_id)) for c in found]
+        assert keys == sorted(keys)
+        hits.append(found[0].score == scores.max())
+    assert np.mean(hits) >= 0.9
+
+
+def test_recall_is_measured_with_given_probes_against_brute_force(tmp_path: Path) -> None:
+    wish = IndexWish("ivf-pq", recall=1.1, sample=1000, probes=PROBES)  # out of reach: the greatest effort
+    gallery = Gallery.build(tmp_path / "g", ENROLLED, SUBJECTS, index=wish)
+    record = gallery.manifest.index_record
+    assert record is not None
+    found = gallery.search(PROBES, top=10)
+    scores = [_exact(ENROLLED, probe) for probe in PROBES]
+    at_1 = np.mean([near[0].score >= s.max() for near, s in zip(found, scores, strict=True)])
+    at_10 = np.mean([sum(c.score >= np.sort(s)[-10] for c in near) / 10 for near, s in zip(found, scores, strict=True)])
+    assert (record.recall.at_1, record.recall.source, record.recall.probes) == (at_1, "given", 50)
+    assert record.recall.at_10 == pytest.approx(at_10)
+
+
+def test_a_low_recall_is_cheaper_and_said(tmp_path: Path, caplog: Any) -> None:
+    def effort(recall: float) -> int:
+        wish = IndexWish("ivf", recall=recall, sample=100)
+        record = Gallery.build(tmp_path / "g", ENROLLED, SUBJECTS, index=wish, replace=True).manifest.index_record
+        assert record is not None
+        return record.effort
+
+    assert effort(0.1) < effort(0.97)
+    assert not caplog.records
+    effort(1.1)
+    assert "recall@1 is" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["ivf-pq", "hnsw", "sq8"])
+def test_changes_are_seen_before_the_index_is_made_anew(built: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    shutil.copytree(built[kind], tmp_path / "g")
+    gallery = Gallery.open(tmp_path / "g").add(PROBES[:3], ["x", "y", "z"], ["n0", "n1", "n2"])
+    for place in range(3):
+        best = gallery.search(PROBES[place], top=1)[0][0]
+        assert (best.entry_id, best.score) == (f"n{place}", pytest.approx(1))
+    best = gallery.search(PROBES[5], top=1)[0][0]
+    gone = gallery.search(PROBES[5], top=1, level="subject")[0][0].subject_id
+    gallery = gallery.remove(subject_ids=[best.subject_id, gone, "y"])
+    subjects = {c.subject_id for near in gallery.search(PROBES[[1, 5]], top=600) for c in near}
+    assert not subjects & {best.subject_id, gone, "y"}
+    assert gallery.outside_index == (2, len({best.subject_id, gone}) * 3)
+    before = gallery.search(PROBES[:3], top=1)
+    compact = gallery.compact()
+    assert compact.outside_index == (0, 0)
+    assert compact.manifest.index_record != gallery.manifest.index_record
+    assert compact.search(PROBES[[0, 2]], top=1) == [before[0], before[2]]
+    assert len(list((tmp_path / "g").glob("index-*"))) == 1
+    flat = compact.compact("flat")
+    assert flat.info.recall is None
+    assert not list((tmp_path / "g").glob("index*"))
+    assert [c.score for c in flat.search(PROBES[9], top=3)[0]] == sorted(
+        _exact(flat.embeddings, PROBES[9]).tolist(), reverse=True
+    )[:3]
+
+
+def test_removing_most_of_an_index_leaves_full_lists(built: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(built["sq8"], tmp_path / "g")
+    gallery = Gallery.open(tmp_path / "g").remove(subject_ids=[str(i) for i in range(PEOPLE - 20)])
+    for near in gallery.search(PROBES[:10], top=30):
+        assert len(near) == 30
+    for near in gallery.search(PROBES[:10], top=20, level="subject"):
+        assert len({c.subject_id for c in near}) == 20
+    assert {len(near) for near in gallery.search_range(PROBES[:10], threshold=-2)} == {60}
+
+
+def test_an_index_of_another_gallery_is_refused(built: dict[str, Path], tmp_path: Path) -> None:
+    wish = IndexWish("sq8", recall=0.95, sample=100)
+    other = Gallery.build(tmp_path / "other", ENROLLED[::-1].copy(), SUBJECTS, index=wish)
+    shutil.copytree(built["sq8"], tmp_path / "g")
+    assert other.manifest.index_record is not None
+    name = other.manifest.index_record.file.name
+    shutil.copy(tmp_path / "other" / name, tmp_path / "g" / name)
+    with pytest.raises(DataError, match="is damaged or of another gallery"):
+        Gallery.open(tmp_path / "g")
+    with pytest.raises(DataError, match="is the index of another gallery"):  # without a look at the checksums, too
+        Gallery.open(tmp_path / "g", verify=False)
+
+
+@pytest.mark.parametrize("pattern", ["index-*", "indexed-*"])
+def test_a_flipped_byte_of_an_index_is_found(built: dict[str, Path], tmp_path: Path, pattern: str) -> None:
+    shutil.copytree(built["hnsw"], tmp_path / "g")
+    path = next((tmp_path / "g").glob(pattern))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="is damaged"):
+        Gallery.open(tmp_path / "g")
+
+
+def test_too_few_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Choose flat"):
+        Gallery.build(tmp_path / "g", ENROLLED[:500], SUBJECTS[:500], index="ivf-pq")
+    assert not list((tmp_path / "g").glob("[!.]*"))  # nothing is left of the attempt
+    gallery = Gallery.build(tmp_path / "g", ENROLLED[:500], SUBJECTS[:500], index="hnsw")
+    with pytest.raises(DataError, match="Choose flat"):
+        gallery.compact("pq")
+    assert Gallery.open(tmp_path / "g").manifest == gallery.manifest
+
+
+def test_sizes_of_clusters_and_codes() -> None:
+    assert [num_clusters(n) for n in (1000, 160_000, 1_000_000, 100_000_000)] == [16, 1024, 2048, 16384]
+    assert factory_of("ivf-pq", 1_000_000, 512) == "IVF2048,PQ128x4fs"
+    assert factory_of("pq", 5000, 9) == "PQ3x4fs"
+    assert factory_of("hnsw-sq8", 10, 64) == "HNSW32_SQ8"
+
+
+class TestShards:
+    """Sharded exact search, with indexes of the CPU in the place of those of the GPUs."""
+
+    def _source(self, gallery: Gallery, factory: str, devices: int, use_float16: bool) -> IndexedSource:
+        import faiss
+
+        def make() -> Any:
+            return faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+
+        tracked = sharded_flat(
+            gallery._rows,
+            gallery.entries.numbers,
+            [make] * devices,
+            use_float16=use_float16,
+            max_list=512,
+            stretch_bytes=4 * DIM * 250,
+        )
+        assert tracked.index.count() == 5 if devices < 5 else devices  # 1,200 rows in stretches of 250
+        return IndexedSource(gallery._rows, gallery.entries, tracked, gallery.manifest.next_number)
+
+    @pytest.mark.parametrize(("factory", "use_float16"), [("Flat", False), ("SQfp16", True)])
+    @pytest.mark.parametrize("devices", [1, 3, 8])
+    def test_shards_equal_the_exact_search(
+        self, built: dict[str, Path], factory: str, use_float16: bool, devices: int
+    ) -> None:
+        gallery = Gallery.open(built["flat"])
+        source = self._source(gallery, factory, devices, use_float16)
+        probes = np.concatenate([PROBES, ENROLLED[:5]])
+        for request in (Request(7), Request(5, by_subject=True), Request(None, threshold=0.4)):
+            level = "subject" if request.by_subject else "entry"
+            expected = (
+                gallery.search_range(probes, threshold=0.4)
+                if request.top is None
+                else gallery.search(probes, top=request.top, level=level)
+            )
+            assert search_source(source, as_unit(probes), request) == expected
+
+    def test_devices_are_named_and_checked(self, built: dict[str, Path]) -> None:
+        assert parse_device("cpu") == []
+        for name, message in (("gpu", "is unknown"), ("cuda:x", "is unknown"), ("cuda:99", "choose cpu")):
+            with pytest.raises(ConfigError, match=message):
+                Gallery.open(built["flat"], device=name)
+        gallery = Gallery.open(built["hnsw"])
+        with pytest.raises(ConfigError, match="searched on the CPU only"):
+            on_devices("hnsw", None, gallery._rows, gallery.entries.numbers, [0])
