@@ -2,8 +2,8 @@
 
 The steps are those of the trainer (DeepSpeed, sharded head, optimisers included) on random images. All ways share one
 network and take turns, one step each; on CPU the figures are CPU time, on a GPU wall time. `published` is the attack of
-the published code inside our step (release_compat): whole batch attacked, training mode. It runs on the GPU where there is
-one (`CUDA_VISIBLE_DEVICES=` hides it).
+the published code inside our step (release_compat): whole batch attacked, training mode. It runs on the GPU where there
+is one (`CUDA_VISIBLE_DEVICES=` hides it).
 """
 
 import argparse
