@@ -61,6 +61,8 @@ class FaceTask:
             micro_step: counts micro-batches over the whole run; selects what augmentation and attack draw.
         """
         config = self.config
+        if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
+            torch.manual_seed(derive_seed(config.seed, "dropout", step=micro_step, rank=self._rank))
         images = normalise(batch.images.to(self._device, non_blocking=True), self.contract)
         labels = batch.labels.to(self._device, non_blocking=True)
         images = augment(images, config.data.augment, self._generator("augment", micro_step))
@@ -77,8 +79,6 @@ class FaceTask:
                 ).images
         attack_s = time.perf_counter() - started
         layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
-        if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
-            torch.manual_seed(derive_seed(config.seed, "dropout", step=micro_step, rank=self._rank))
         embeddings = self.engine(images.contiguous(memory_format=layout))
         return StepOutput(self.head(embeddings, labels, step=step), attack_s)
 
