@@ -86,6 +86,8 @@ class FaceTask:
             step: optimiser step; selects the head's negatives.
             micro_step: counts micro-batches over the whole run; selects what augmentation and attack draw.
         """
+        if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", step=micro_step, rank=self._rank))
         images = normalise(batch.images.to(self._device, non_blocking=True), self.contract)
         labels = batch.labels.to(self._device, non_blocking=True)
         images = augment(images, self.config.data.augment, self._generator("augment", micro_step))
@@ -94,8 +96,6 @@ class FaceTask:
         has_consistency = self.config.alignment.consistency_weight > 0 and len(aligned.warped) > 0
         target = self._clean_embeddings(aligned.clean) if has_consistency else None
         attack_s = time.perf_counter() - started
-        if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", step=micro_step, rank=self._rank))
         embeddings = self.engine(aligned.images)
         loss = self.head(embeddings, aligned.labels, step=step)
         if target is not None:

@@ -121,7 +121,7 @@ def main() -> int:
         rows.append(row)
         there_and_back = [row, *([row["back_in_arcface_torch"]] if peer.arcface_name else [])]
         worst = max(part["largest_1_minus_cosine"] for part in there_and_back)
-        if not worst <= LIMIT:
+        if not worst <= LIMIT or row["mean_1_minus_cosine_between_images"] < 1e-3:  # else any network would pass
             failed.append(peer.name)
         line = f"{peer.project:<12} {peer.name:<32} -> {row['imported_as']:<22} 1 - cosine {worst:.1e}"
         print(line, flush=True)  # noqa: T201

@@ -100,9 +100,10 @@ def test_memory_layout_does_not_change_the_embeddings(kind):
             torch.testing.assert_close(gradient, b[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @KINDS
-def test_the_attack_pass_draws_nothing_and_leaves_nothing(kind):
-    backbone = build(SMALL[kind])
+def test_the_attack_pass_draws_nothing_and_leaves_nothing(kind, recompute):
+    backbone = build(SMALL[kind], checkpoint_activations=recompute)
     before, generator = copy.deepcopy(backbone.state_dict()), torch.get_rng_state()
     batch = images().requires_grad_()
     with frozen_statistics(backbone, "batch"):

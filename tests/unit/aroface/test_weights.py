@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aroface.config.model import IRConfig, IResNetConfig
+from aroface.config.load import parse_config
+from aroface.config.model import IRConfig, IResNetConfig, ModelSection
 from aroface.contract import InputContract
 from aroface.engine.checkpoint_layout import BACKBONE_FILE
 from aroface.errors import CheckpointError, ConfigError, DataError, ExportError
@@ -211,13 +212,29 @@ def test_there_and_back_is_the_same_file_content(tmp_path):
     assert same(torch.load(tmp_path / "back.pt", weights_only=True), state)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"kind": "iresnet", "depth": 200}, "r200"),
+        ({"kind": "mobilefacenet", "size": "large"}, "mbf_large"),
+        ({"kind": "vit", "width": 256, "depth": 12}, "vit_t"),
+        ({"kind": "vit", "width": 768, "depth": 24}, "vit_l_dp005_mask_005"),
+    ],
+)
+def test_networks_have_the_names_of_arcface_torch(settings, name):
+    config = parse_config({"model": settings}, ModelSection, name="x").model
+    contract = InputContract(image_size=112, colour_order="rgb")
+    weights = {"some.weight": torch.ones(2)}
+    assert to_arcface_torch(config, contract, weights) == (name, weights)
+
+
 def test_networks_that_arcface_torch_lacks_are_refused(tmp_path):
     write_checkpoint(tmp_path / "run")
     with pytest.raises(ExportError, match="no network like iresnet18-w0.125 at 32 px"):
         write_arcface_torch(tmp_path / "run", tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
     other = InputContract(image_size=112, colour_order="rgb", mean=0.0, std=255.0)
-    with pytest.raises(ExportError, match="Export|export it to ONNX"):
+    with pytest.raises(ExportError, match="export it to ONNX instead"):
         to_arcface_torch(IResNetConfig(kind="iresnet", depth=18), other, {})
 
 
