@@ -104,8 +104,10 @@ class Trainer:
         self._overrides = tuple(overrides)
         directory = choose_checkpoint(run, config, resume)
         self._build(directory)
-        best = Best.from_record(read_state(directory).get("best")) if directory else None
-        self._evaluation = PeriodicEvaluation(config.evaluate, evaluators, best=best) if config.evaluate else None
+        self._earlier_best = _best_of(directory, run)
+        self._evaluation = (
+            PeriodicEvaluation(config.evaluate, evaluators, best=self._earlier_best) if config.evaluate else None
+        )
         self._watchdog = Watchdog(2 * config.engine.timeout_s)
         self._saver = CheckpointSaver(run, config.checkpoint, rank=self._rank, on_wait=self._watchdog.beat)
         barrier()  # every rank has looked at the run directory before rank 0 writes there
@@ -145,6 +147,10 @@ class Trainer:
             self._task.load_state_tensors(load_task_state(directory, rank=self._rank, world_size=self._world))
             logger.info("Resumed from %s at step %d of %d.", directory, self.position.step, self.total_steps)
 
+    @property
+    def _best(self) -> Best | None:
+        return self._evaluation.best if self._evaluation else self._earlier_best
+
     def describe(self) -> str:
         """Two lines on what will run."""
         config, parameters = self.config, sum(p.numel() for p in self._engine.module.parameters())
@@ -177,7 +183,7 @@ class Trainer:
         if self._rank == 0:
             record_run(self._run, config, deepspeed=self._engine.settings, overrides=self._overrides)
             remove_torn(self._run)
-            write_best(self._run, self._evaluation.best if self._evaluation else None)
+            write_best(self._run, self._best)
             log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -331,6 +337,13 @@ class Trainer:
             head_optimizer=self._head_optimizer,
             fingerprint=self._data.fingerprint,
             task_state=self._task.state_tensors(),
-            best=self._evaluation.best if self._evaluation else None,
+            best=self._best,
         )
         self._saver.start(snapshot)
+
+
+def _best_of(checkpoint: Path | None, run: Path) -> Best | None:
+    """The best so far, as a checkpoint of this run remembers it; a branch of another run starts without one."""
+    if checkpoint is None or checkpoint.parent.resolve() != run.resolve():
+        return None
+    return Best.from_record(read_state(checkpoint).get("best"))

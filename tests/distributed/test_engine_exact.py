@@ -13,7 +13,7 @@ import torch
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.training import ADAFACE, COMPARABLE, PARTITIONED, forget_last, packed, train, unpacked
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 FP16 = "engine.loss_scale={initial: 1024, window: 4}"
 #: name -> settings beyond COMPARABLE
@@ -54,7 +54,7 @@ def everything_on_two_ranks(rank, ranks, root):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    results = run_on_ranks(everything_on_two_ranks, 2, tmp_path_factory.mktemp("two"), timeout_s=900)
+    results = run_on_ranks(everything_on_two_ranks, 2, tmp_path_factory.mktemp("two"), timeout_s=1700)
     return [unpacked(result) for result in results]
 
 
@@ -106,7 +106,7 @@ def second_half(rank, ranks, run, source, stage):
 @pytest.fixture(scope="module")
 def half_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("elastic") / "run"
-    run_on_ranks(first_half, 2, run, timeout_s=600)
+    run_on_ranks(first_half, 2, run, timeout_s=900)
     return run
 
 
@@ -116,7 +116,7 @@ def test_two_ranks_with_zero_2_go_on_elsewhere(half_run, tmp_path, ranks, stage)
     if ranks == 1:
         results = [unpacked(second_half(0, 1, tmp_path / "on", half_run, stage))]
     else:
-        found = run_on_ranks(second_half, ranks, tmp_path / "on", half_run, stage, timeout_s=600)
+        found = run_on_ranks(second_half, ranks, tmp_path / "on", half_run, stage, timeout_s=900)
         results = [unpacked(result) for result in found]
     for result in results:
         assert result.losses == pytest.approx(whole.losses[3:], rel=2e-5)

@@ -105,6 +105,15 @@ def test_a_resume_remembers_the_best(trained, drawn_faces, tmp_path):
     assert (run / "best.json").read_text() == (whole / "best.json").read_text()
 
 
+def test_the_best_stays_when_evaluation_is_switched_off_and_stays_behind_in_a_branch(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    kept = (run / "best.json").read_text()
+    train(run, "checkpoint.every_steps=6", "checkpoint.keep_last=1")
+    assert (run / "best.json").read_text() == kept
+    train(tmp_path / "branch", "schedule.epochs=1.5", resume=run)
+    assert not (tmp_path / "branch" / "best.json").exists()
+
+
 def test_a_metric_that_does_not_exist_is_named(drawn_faces, tmp_path):
     best = "{set: lq, metric: rank_1@13px}"
     with pytest.raises(ConfigError, match=r"rank_1@13px is no number of the set lq; choose from .*rank_1@14px"):
