@@ -6,9 +6,12 @@ configuration does not fit, with the settings that would make it fit.
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aroface import __version__
 from aroface.config import TrainConfig, load_config
 from aroface.errors import ConfigError
 
@@ -73,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         from aroface.files import write_json
 
-        write_json(args.out, page.numbers)
+        command = shlex.join(["aroface", *sys.argv[1:]])
+        write_json(args.out, {"command": command, "version": __version__, **page.numbers})
     return 0 if page.fits else 2
 
 

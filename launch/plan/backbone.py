@@ -59,6 +59,10 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, tensor: Tensor) -> None:
+        if tensor.is_sparse:
+            self._add(tensor._indices())
+            self._add(tensor._values())
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:

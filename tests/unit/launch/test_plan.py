@@ -81,7 +81,7 @@ def test_activations_counted_without_data_are_those_of_a_real_pass():
             backbone(images).sum().backward()
         backbone.zero_grad(set_to_none=True)
         peaks.append(meter.peak)
-    assert counts.activation_bytes * 64 == peaks[1] - peaks[0]
+    assert counts.activation_bytes * 64 == pytest.approx(peaks[1] - peaks[0], rel=1e-3)
 
 
 def test_the_published_size_has_the_known_figures():
@@ -96,7 +96,7 @@ def test_the_published_size_has_the_known_figures():
 def test_checkpointing_trades_memory_for_arithmetic():
     plain, less = (
         count_backbone(
-            IResNetConfig(kind="iresnet", depth=50, width=0.25, checkpoint_activations=flag), precision="bf16"
+            IResNetConfig(kind="iresnet", depth=34, width=0.25, checkpoint_activations=flag), precision="bf16"
         )
         for flag in (False, True)
     )
