@@ -26,6 +26,7 @@ from retrieval.gallery.search import Request, search_source
 from retrieval.gallery.segments import Entries, Rows
 from retrieval.gallery.sources import FlatSource, IndexedSource, TrackedIndex
 from retrieval.gallery.store import FileRecord, IndexRecord, Manifest, check_file, record_of
+from retrieval.gallery.vectors import check_embeddings
 
 __all__ = ["IndexWish", "build_index", "factory_of", "open_index"]
 
@@ -237,7 +238,8 @@ def _sample(wish: IndexWish, rows: Rows) -> tuple[NDArray[np.float32], str]:
     generator = np.random.default_rng(1)
     if wish.probes is not None:
         chosen = np.sort(generator.permutation(len(wish.probes))[: wish.sample])
-        given = np.asarray(wish.probes)[chosen].astype(np.float64)
+        check_embeddings(wish.probes, rows.dimension)
+        given = wish.probes[chosen].astype(np.float64)
         return (given / np.linalg.norm(given, axis=1, keepdims=True)).astype(np.float32), "given"
     chosen = np.sort(generator.permutation(len(rows))[: wish.sample])
     vectors = rows.take(chosen).astype(np.float64)

@@ -51,7 +51,7 @@ def check_ids(
         ShapeError: another number of ids.
         DataError: an entry id that repeats or is taken.
     """
-    subjects, names = np.asarray(subject_ids).astype(np.str_), np.asarray(entry_ids).astype(np.str_)
+    subjects, names = _as_text(subject_ids), _as_text(entry_ids)
     for what, values in (("subject ids", subjects), ("entry ids", names)):
         if values.shape != (count,):
             raise ShapeError(f"{values.shape} {what} for {count} embeddings; one for each is needed.")
@@ -63,6 +63,12 @@ def check_ids(
             "first, replace it (upsert), or give the new one another id."
         )
     return subjects, names
+
+
+def _as_text(ids: ArrayLike) -> NDArray[np.str_]:
+    """Ids as text no wider than the longest of them; whole numbers would take 21 characters each."""
+    text = np.asarray(ids).astype(np.str_)
+    return text.astype(f"U{max(1, int(np.strings.str_len(text).max(initial=1)))}")
 
 
 def lengths(embeddings: NDArray[Any]) -> NDArray[np.float64]:

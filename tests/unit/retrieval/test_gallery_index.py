@@ -159,6 +159,8 @@ def test_too_few_to_learn_from(tmp_path: Path) -> None:
     gallery = Gallery.build(tmp_path / "g", ENROLLED[:500], SUBJECTS[:500], index="hnsw")
     with pytest.raises(DataError, match="Choose flat"):
         gallery.compact("pq")
+    with pytest.raises(DataError, match="have 8 dimensions, the gallery has 32"):
+        gallery.compact(IndexWish("hnsw", probes=PROBES[:, :8]))
     assert Gallery.open(tmp_path / "g").manifest == gallery.manifest
 
 
