@@ -63,7 +63,7 @@ def test_the_head_is_measured(tmp_path: Path) -> None:
     assert main(["bench", "head", *sizes, "--out", str(out)]) == 0
     figures = {figure["name"]: figure for figure in json.loads(out.read_text())["figures"]}
     assert all(np.isfinite(figure["value"]) for figure in figures.values())
-    exact = [name for name in figures if "off by" in name and "bf16" not in name]
+    exact = [name for name in figures if " off " in name and "bf16" not in name]
     assert len(exact) == 10
     assert all(figures[name]["reached"] for name in exact)
 
