@@ -56,8 +56,8 @@ def group_results(results: Sequence[Record], names: Sequence[str] = ()) -> list[
         names: one label per result; none: the ids of the models, numbered where they do not differ.
 
     Raises:
-        ConfigError: another number of names than of results.
-        DataError: two results of one protocol are of sets of different sizes.
+        ConfigError: another number of names than of results, or two systems of one name.
+        DataError: two results of one protocol are of sets of different sizes, or have other sweeps.
     """
     if names and len(names) != len(results):
         raise ConfigError(f"--names holds {len(names)} names for {len(results)} results; each result needs one.")
@@ -71,6 +71,8 @@ def group_results(results: Sequence[Record], names: Sequence[str] = ()) -> list[
         title = protocol_name(protocol) + (f" on {data_set}" if data_set and data_set != "faces" else "")
         prefix = "-".join(part for part in (protocol, data_set) if part).replace("/", "-")
         labels = [names[place] for place in places] if names else _labels(own)
+        if len(set(labels)) < len(labels):
+            raise ConfigError(f"--names calls two results of {protocol} {Counter(labels).most_common(1)[0][0]!r}.")
         systems = [System(label, record) for label, record in zip(labels, own, strict=True)]
         baselines: Mapping[str, Record] = next((r["baselines"] for r in own if r.get("baselines")), {})
         systems += [System(_BASELINES.get(name, name), record, True) for name, record in baselines.items()]
@@ -96,8 +98,15 @@ def _labels(records: Sequence[Record]) -> list[str]:
 _SIZES = ("pairs", "genuine", "impostor", "probes", "gallery", "mated", "non_mated")
 
 
+def _levels(record: Record) -> list[tuple[str, list[float]]]:
+    """Sweeps and their levels, of FAE-1."""
+    return [(sweep["name"], [point["severity"] for point in sweep["points"]]) for sweep in record.get("sweeps", ())]
+
+
 def _check_alike(records: Sequence[Record]) -> None:
     for record in records[1:]:
+        if _levels(record) != _levels(records[0]):
+            raise DataError(f"Two results of {record['protocol']} have other sweeps; make a report of each.")
         for name in _SIZES:
             one, other = records[0]["counts"].get(name), record["counts"].get(name)
             if one is not None and other is not None and one != other:

@@ -161,7 +161,8 @@ def plot_histograms(scores: Mapping[str, Mapping[str, Any]], *, kinds: tuple[str
         axes.set_ylim(0, 1.08 * highest)
     for axes in panels.flat[len(scores) :]:
         axes.set_visible(False)
-    for axes in panels[-1]:
+    for axes in panels.flat[max(0, len(scores) - columns) : len(scores)]:
+        axes.tick_params(labelbottom=True)
         axes.set_xlabel("score", color=INK, fontsize=11)
     figure.supylabel("share per bin [%]", color=INK, fontsize=11)
     legend_above(figure, panels[0, 0])

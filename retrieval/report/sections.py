@@ -149,7 +149,7 @@ def _conditions(group: Group) -> list[Block]:
         blocks += curve_blocks({name: models[0].record["conditions"][name] for name in names}, group.prefix)
     else:
         for name in dict.fromkeys([names[0], names[len(names) // 2], names[-1]]):
-            own = {system.label: system.record["conditions"][name] for system in models}
+            own = {s.label: s.record["conditions"][name] for s in models if name in s.record["conditions"]}
             of = f"{condition_name(name)} probes"
             blocks += curve_blocks(own, f"{group.prefix}-{name}", of=of)
     other = [key for key in group.first["metrics"] if not key.startswith("rank_1@")]

@@ -148,6 +148,7 @@ def test_misalignment_of_two_models_is_one_figure(tmp_path: Path) -> None:
     ("change", "options", "message"),
     [
         ({}, ["--names", "A"], "--names holds 1 names for 2 results"),
+        ({}, ["--names", "A,A"], "--names calls two results of ijbc-11 'A'"),
         ({"genuine": 7}, [], "do not belong side by side: genuine 400 and 7"),
     ],
 )
