@@ -1,5 +1,6 @@
 """An exported ONNX file as an embedder, on OpenVINO: the fastest way on Intel and AMD processors. Imports no torch."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,18 @@ __all__ = ["OpenVinoEmbedder", "OpenVinoPrecision"]
 OpenVinoPrecision = Literal["fp32", "bf16"]
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+@cache
+def _core() -> Any:
+    """One for the whole process.
+
+    On processors with AMX its CPU plugin puts a signal stack of its own under the calling thread; plugins that are freed
+    in another order than they were made leave the thread with the address of a freed one, and the next signal kills it.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoEmbedder(ExportedEmbedder):
@@ -50,7 +63,7 @@ class OpenVinoEmbedder(ExportedEmbedder):
         properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "NUM_STREAMS": 1}
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
-        core = openvino.Core()
+        core = _core()
         try:
             self._compiled = core.compile_model(core.read_model(str(path)), "CPU", properties)
         except RuntimeError as error:

@@ -251,6 +251,11 @@ def _calibration_record(args: argparse.Namespace, faces: "NDArray[np.uint8] | No
 
 
 def _check_gate_options(args: argparse.Namespace) -> None:
+    if args.precision == "int8" and args.accuracy_set is None and (args.calibration or args.faces):
+        raise ConfigError(
+            "--precision int8 is judged by recognition, not by the cosine alone: name faces with several images per "
+            "identity with --accuracy-set."
+        )
     for name in ("far", "fpir"):
         if not 0 < getattr(args, name) <= 1:
             raise ConfigError(
