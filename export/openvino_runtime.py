@@ -23,8 +23,8 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 def _core() -> Any:
     """One for the whole process.
 
-    On processors with AMX its CPU plugin puts a signal stack of its own under the calling thread; plugins that are freed
-    in another order than they were made leave the thread with the address of a freed one, and the next signal kills it.
+    On processors with AMX its CPU plugin gives the calling thread a signal stack of its own; plugins freed in another
+    order than they were made leave the thread with the address of a freed one, and the next signal kills the process.
     """
     import openvino
 

@@ -6,6 +6,7 @@ with the same command it continues where it stopped; SIGTERM and Ctrl-C finish t
 
 import argparse
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
         if is_main:
             print(f"check passed: loss of an untrained batch {loss:.3f}")
         return 0
+    handlers = {n: signal.signal(n, lambda *_: trainer.request_stop()) for n in (signal.SIGTERM, signal.SIGINT)}
     result = trainer.train()
+    for number, handler in handlers.items():
+        # Launchers may send it twice: the second must not turn a run that was saved into one that was killed.
+        signal.signal(number, signal.SIG_IGN if result.was_interrupted else handler)
     if is_main:
         state = "stopped at" if result.was_interrupted else "finished"
         loss_text = "" if result.loss is None else f", loss {result.loss:.3f}"

@@ -2,13 +2,11 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import torch
@@ -172,7 +170,7 @@ class Trainer:
         return loss
 
     def train(self) -> TrainingResult:
-        """Run to the end, or to the first SIGTERM or SIGINT; saves before it returns.
+        """Run to the end, or until `request_stop`; saves before it returns.
 
         Raises:
             ArofaceError: loss or gradient is not finite on some rank, and nothing of that step was applied; a save
@@ -186,7 +184,6 @@ class Trainer:
             write_best(self._run, self._best)
             log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
-        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._watchdog)
@@ -202,8 +199,6 @@ class Trainer:
             raise
         finally:
             self._saver.close(patience_s=min(_PATIENCE_S, config.engine.timeout_s))
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             if log:
                 log.close()
 
@@ -215,7 +210,8 @@ class Trainer:
             "newest checkpoint is good: give the same command again to continue."
         )
 
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+    def request_stop(self) -> None:
+        """Let `train` finish its step, save and return, on all ranks; a signal handler may call it, on any of them."""
         self._stop_requested = True
 
     def _loop(self, log: MetricsLog | None, progress: TrainingProgress) -> TrainingResult:

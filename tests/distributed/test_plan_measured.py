@@ -45,49 +45,52 @@ def settings(stage, precision):
     ]
 
 
-def one_engine(stage, precision):
-    """Bytes kept between steps, the most seen in a backward pass, and bytes of each kind of collective in a step."""
+def count_collectives():
+    """Bytes of each kind of collective, from here to the end of the process: DeepSpeed keeps the functions it found."""
     import torch
     from torch import distributed
+
+    sent = Counter()
+
+    def counting(name, original):
+        def call(*args, **kwargs):
+            flat = [a if isinstance(a, list | tuple) else [a] for a in (*args, *kwargs.values())]
+            sizes = [sum(t.numel() * t.element_size() for t in ts if isinstance(t, torch.Tensor)) for ts in flat]
+            sent[KINDS[name]] += max(sizes)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in KINDS:
+        setattr(distributed, name, counting(name, getattr(distributed, name)))
+    return sent
+
+
+def one_engine(sent, stage, precision):
+    """Bytes kept between steps, the most seen in a backward pass, and bytes of each kind of collective in a step."""
+    import torch
 
     from aroface.config import TrainConfig, load_config
     from aroface.engine.deepspeed_engine import BackboneEngine
     from aroface.models import build_backbone
 
     config = load_config(CONFIG, TrainConfig, settings(stage, precision))
-    sent = Counter()
-    originals = {name: getattr(distributed, name) for name in KINDS}
-
-    def counting(name):
-        def call(*args, **kwargs):
-            flat = [a if isinstance(a, list | tuple) else [a] for a in (*args, *kwargs.values())]
-            sizes = [sum(t.numel() * t.element_size() for t in ts if isinstance(t, torch.Tensor)) for ts in flat]
-            sent[KINDS[name]] += max(sizes)
-            return originals[name](*args, **kwargs)
-
-        return call
-
     before = held_bytes()
-    for name in KINDS:
-        setattr(distributed, name, counting(name))
-    try:
-        engine = BackboneEngine(build_backbone(config.model), config, RANKS)
-        images, peaks = torch.zeros(4, 3, 32, 32), []
-        next(iter(engine.module.parameters())).register_hook(lambda gradient: peaks.append(held_bytes() - before))
-        for _ in range(2):
-            sent.clear()
-            loss = engine(images).square().mean()
-            engine.backward(loss)
-            engine.step(0.1)
-            del loss
-        return held_bytes() - before, max(peaks, default=0), dict(sent)
-    finally:
-        for name, function in originals.items():
-            setattr(distributed, name, function)
+    engine = BackboneEngine(build_backbone(config.model), config, RANKS)
+    images, peaks = torch.zeros(4, 3, 32, 32), []
+    next(iter(engine.module.parameters())).register_hook(lambda gradient: peaks.append(held_bytes() - before))
+    for _ in range(2):
+        sent.clear()
+        loss = engine(images).square().mean()
+        engine.backward(loss)
+        engine.step(0.1)
+        del loss
+    return held_bytes() - before, max(peaks, default=0), dict(sent)
 
 
 def all_engines(rank, ranks):
-    return [one_engine(stage, precision) for stage, precision in CASES]
+    sent = count_collectives()
+    return [one_engine(sent, stage, precision) for stage, precision in CASES]
 
 
 @pytest.fixture(scope="module")

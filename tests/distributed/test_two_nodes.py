@@ -190,17 +190,19 @@ def ssh(nodes, tmp_path_factory):
 def test_ssh_checks_trains_stops_and_goes_on(tmp_path, nodes, shards, hostfile, ssh):
     """From node 0 through pdsh; SIGTERM lets every rank save, and the launcher ends with 0."""
     options = ("--hostfile", str(hostfile), "--env", "DS_ACCELERATOR", "--env", "OMP_NUM_THREADS", *ssh)
-    odd = ("data.augment={flip: 0.5, grey: 0.25}",)  # a shell on the node must not take it apart
+    # A shell on the node must not take the first apart; with so many epochs the signal finds the run alive.
+    odd = ("data.augment={flip: 0.5, grey: 0.25}", "schedule.epochs=20", "checkpoint.every_steps=40")
+    steps = STEPS * 20 // 6
     words = command(shards, tmp_path / "my run", *options, overrides=odd)
     log = tmp_path / "ssh.log"
     process = start(nodes[0], words, log)
     wait_for(lambda: lines(tmp_path / "my run"), 150, [process])
     process.terminate()
-    assert process.wait(timeout=90) == 0
+    assert process.wait(timeout=90) == 0, log.read_text()
     assert "stopped at step" in log.read_text()
     assert "2 node(s) ready" in log.read_text()
-    assert start(nodes[0], [*words, "--no-preflight"], log).wait(timeout=150) == 0
-    assert [line["step"] for line in lines(tmp_path / "my run")] == list(range(1, STEPS + 1))
+    assert start(nodes[0], [*words, "--no-preflight"], log).wait(timeout=150) == 0, log.read_text()
+    assert [line["step"] for line in lines(tmp_path / "my run")] == list(range(1, steps + 1))
 
 
 def test_ssh_names_a_host_that_cannot_be_reached(tmp_path, nodes, shards, hostfile, ssh):

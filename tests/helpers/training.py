@@ -34,7 +34,8 @@ _VALUES = {
     "alignment": {"kind": "adversarial", "share": 0.5, "steps": 1},
     "data": {"shards": "drawn", "colour_order": "rgb", "augment": {"flip": 0.5, "photometric": 0.5}},
     "batch": {"global_batch": BATCH},
-    "optim": {"lr_per_1024": 3.0},
+    # Learns in 6 steps, yet rounding does not push a unit over its kink, as it does at 3.0.
+    "optim": {"lr_per_1024": 1.0},
     "schedule": {"epochs": 1.0},  # 6 steps
     "engine": {"zero_stage": 1, "precision": "bf16", "threads": 1},
     "checkpoint": {"every_steps": 3, "keep_last": 9},
@@ -107,7 +108,7 @@ def _stop_after(trainer: Trainer, steps: int) -> None:
     def counted(*args):
         result = step(*args)
         if trainer.position.step >= steps:
-            trainer._request_stop(15, None)
+            trainer.request_stop()
         return result
 
     trainer._step = counted
