@@ -7,9 +7,11 @@ sent in several messages and is not one transaction, and `consistency` is Milvus
 """
 
 import json
+import logging.config
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -282,14 +284,26 @@ class MilvusGallery(FaceGallery):
 
 def _connect(uri: str, token: str) -> Any:
     try:
-        from pymilvus import MilvusClient
-        from pymilvus.exceptions import MilvusException
+        with _logging_left_alone():
+            from pymilvus import MilvusClient
+            from pymilvus.exceptions import MilvusException
     except ImportError as error:
         raise ConfigError("Milvus needs the packages of `pip install aroface[milvus]`.") from error
     try:
         return MilvusClient(uri, token=token)
     except MilvusException as error:
         raise ConfigError(f"Milvus at {uri} does not answer: {error}. Check the address and the token.") from error
+
+
+@contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """While pymilvus is imported: it configures the logging of the process, which closes the handlers of everyone."""
+    configure = logging.config.dictConfig
+    logging.config.dictConfig = lambda config: None
+    try:
+        yield
+    finally:
+        logging.config.dictConfig = configure
 
 
 def _create(client: Any, collection: str, settings: dict[str, Any], consistency: Consistency) -> None:

@@ -1,5 +1,7 @@
 """What every gallery promises, on both implementations, against float64 brute force."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -204,3 +206,21 @@ def test_calibrated_thresholds_keep_their_promise(make: Maker) -> None:
     with pytest.raises(DataError, match="Add faces of other people"):
         gallery.calibrate(probes.take(np.arange(400, 440)), [0.1])
     assert gallery.add(_vectors(1), ["new"]).info.calibration == gallery.info.calibration
+
+
+def test_milvus_leaves_the_handlers_of_others_open(tmp_path: Path) -> None:
+    pytest.importorskip("milvus_lite")
+    program = """
+import logging, sys
+from retrieval.gallery import MilvusGallery
+handler = logging.StreamHandler(open(sys.argv[1], "w"))
+handler.close = lambda: handler.stream.close()
+logging.getLogger().addHandler(handler)
+try:
+    MilvusGallery.open(sys.argv[2])
+finally:
+    logging.getLogger().warning("still here")
+"""
+    log = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", program, str(log), str(tmp_path / "m.db")], capture_output=True, timeout=60)
+    assert "still here" in log.read_text()
