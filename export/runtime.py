@@ -16,6 +16,8 @@ __all__ = ["OnnxEmbedder"]
 
 _PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _FATAL_ONLY = 4
+#: Copies int8 quantisers behind a pooling layer; another pass makes them uint8 and forgets the type that they repeat.
+_MOVES_QUANTISERS = "QDQPropagationTransformer"
 
 
 class OnnxEmbedder(ExportedEmbedder):
@@ -41,7 +43,9 @@ class OnnxEmbedder(ExportedEmbedder):
         available = onnxruntime.get_available_providers()
         providers = [provider for provider in _PREFERRED_PROVIDERS if provider in available]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=providers, disabled_optimizers=[_MOVES_QUANTISERS]
+            )
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             raise ExportError(_explain(path, error)) from error
         metadata = ModelMetadata.from_props(self._session.get_modelmeta().custom_metadata_map, name=str(path))

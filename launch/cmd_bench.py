@@ -16,7 +16,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     ),
     "head": ("launch.bench.head", "the classifier, plain, chunked and sampled, beside arcface_torch"),
     "engine": ("launch.bench.engine", "a training step at each ZeRO stage, beside bare PyTorch DDP"),
-    "export": ("launch.bench.export", "ONNX Runtime, int8 and OpenVINO beside eager PyTorch; exported files"),
+    "export": ("launch.bench.runtimes", "ONNX Runtime, int8 and OpenVINO beside eager PyTorch; exported files"),
     "gallery": ("launch.bench.gallery", "exact and approximate search, changes and memory, beside a bare Faiss index"),
     "serve": ("launch.bench.serve", "the service under load, beside the bare model"),
     "backbones": ("launch.bench.backbones", "parameters, GFLOPs and activations of every backbone; in seconds"),

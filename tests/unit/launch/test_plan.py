@@ -100,7 +100,7 @@ def test_checkpointing_trades_memory_for_arithmetic():
         )
         for flag in (False, True)
     )
-    assert less.activation_bytes < 0.5 * plain.activation_bytes
+    assert less.activation_bytes < 0.55 * plain.activation_bytes
     assert less.training_flop == pytest.approx(4 / 3 * plain.training_flop, rel=0.02)
 
 
