@@ -111,6 +111,7 @@ def _configure_logging() -> None:
     logging.basicConfig(
         level=logging.INFO if is_main_rank else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports every build that it tries
 
 
 if __name__ == "__main__":

@@ -93,9 +93,6 @@ def _add_search(search: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
-    import logging
-
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports every build that it tries
     actions = {
         "build": _build,
         "add": _add,

@@ -7,6 +7,7 @@ here is to partition, to average gradients and to step; loss scale, checks and c
 import datetime
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -73,6 +74,8 @@ def start_distributed(timeout_s: float = 1800.0) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device, backend = torch.device("cpu"), "gloo"
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    # DeepSpeed calls collectives by their old names, and PyTorch says so at every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not distributed.is_initialized():
         if "RANK" in os.environ:
             distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))

@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     import faiss
 
     as_it_comes = faiss.cvar.distance_compute_blas_threshold

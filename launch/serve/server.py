@@ -15,22 +15,36 @@ _MOST_CONNECTIONS = 1000
 
 
 class _ImpatientProtocol(H11Protocol):
-    """Closes a connection that has not sent one whole request head in time; uvicorn would wait for ever."""
+    """Closes a connection that has not sent one whole request head in time; uvicorn would wait for ever.
+
+    The time runs from the connection, and later from the first byte of a head; between two requests uvicorn's own
+    keep-alive time does.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(_HEADER_TIMEOUT_S, self._give_up)
+        self._start()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE or not self.conn.trailing_data[0]:
+            self._stop()
+        elif self._deadline is None:
+            self._start()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._stop()
         super().connection_lost(exc)
 
-    def _give_up(self) -> None:
-        if self.conn.their_state is h11.IDLE:  # no whole request head has come
-            self.transport.close()
+    def _start(self) -> None:
+        self._deadline = self.loop.call_later(_HEADER_TIMEOUT_S, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def make_server(app: FastAPI, *, host: str, port: int) -> uvicorn.Server:

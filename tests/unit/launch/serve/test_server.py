@@ -1,0 +1,55 @@
+"""Connections that stay open, and clients that never finish a request head."""
+
+import socket
+import threading
+import time
+
+import pytest
+from fastapi import FastAPI
+
+from launch.serve import server
+
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture
+def port(monkeypatch):
+    monkeypatch.setattr(server, "_HEADER_TIMEOUT_S", 0.4)
+    app = FastAPI()
+    app.get("/")(lambda: "fine")
+    made = server.make_server(app, host="127.0.0.1", port=0)
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    while not made.started:
+        time.sleep(0.01)
+    yield made.servers[0].sockets[0].getsockname()[1]
+    made.should_exit = True
+    thread.join()
+
+
+def answer(connection):
+    connection.settimeout(20)
+    return connection.recv(1000)
+
+
+def test_a_connection_that_waits_between_requests_is_kept(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        for _ in range(3):
+            connection.sendall(HEAD + b"\r\n")
+            assert answer(connection).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6)
+
+
+@pytest.mark.parametrize("first", [b"", HEAD + b"\r\n"], ids=["first request", "second request"])
+def test_a_head_that_does_not_end_closes_the_connection(port, first):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        if first:
+            connection.sendall(first)
+            assert answer(connection).startswith(b"HTTP/1.1 200")
+        connection.sendall(HEAD)
+        assert answer(connection) == b""
+
+
+def test_a_connection_without_a_word_is_closed(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        assert answer(connection) == b""
