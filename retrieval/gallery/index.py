@@ -35,7 +35,7 @@ _TRAINING_POINTS = 64  # for each cluster
 _ADD_ROWS = 1 << 14
 _HNSW_NEIGHBOURS = 32
 _HNSW_CONSTRUCTION = 100
-_VISITS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+_VISITS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 512)
 #: (lists visited or candidates kept, rescored for each wanted one), tried in this order until the recall is reached.
 _EFFORTS: dict[str, tuple[tuple[int, int], ...]] = {
     "scan": tuple((0, rescored) for rescored in (2, 4, 8, 16, 32, 64)),

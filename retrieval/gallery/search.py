@@ -32,6 +32,7 @@ class Found:
 
     rows: NDArray[np.int64]  #: (P, K) in any order; -1 where there is none
     left_out: NDArray[np.float32]  #: (P,) no entry that is missing has a higher score of the index; -inf: none is
+    tolerance: float | None = None  #: bound on the error of its scores, where it is not that of the source
 
 
 class Source(Protocol):
@@ -86,10 +87,11 @@ def _search_batch(source: Source, probes: NDArray[np.float32], request: Request)
         near = source.nearest(probes[unfinished], wanted)
         keep = None if request.by_subject or request.top is None else request.top
         rows, scores = _rescored(source, probes[unfinished], near.rows, keep)
+        tolerance = source.tolerance if near.tolerance is None else near.tolerance
         open_again = []
         for place, chosen in enumerate(_chosen(source, rows, scores, request)):
             probe = int(unfinished[place])
-            if wanted < limit and not _is_complete(chosen, float(near.left_out[place]), source.tolerance, request):
+            if wanted < limit and not _is_complete(chosen, float(near.left_out[place]), tolerance, request):
                 open_again.append(probe)
                 continue
             lists[probe] = chosen if request.top is None else chosen[: request.top]
@@ -128,7 +130,8 @@ def _chosen(
             first = np.sort(np.unique(subjects, return_index=True)[1])
             entries, subjects, own_scores = entries[first], subjects[first], own_scores[first]
         ranks = range(1, len(entries) + 1)
-        yield list(map(Candidate, entries.tolist(), subjects.tolist(), own_scores.tolist(), ranks))
+        columns = zip(entries.tolist(), subjects.tolist(), own_scores.tolist(), ranks, strict=True)
+        yield list(map(Candidate._make, columns))
 
 
 def _rescored(

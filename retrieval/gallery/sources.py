@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.gallery.bfloat16 import nearest_rows_bfloat16, pays
 from retrieval.gallery.search import Found, rounding_bound
 from retrieval.gallery.segments import Entries, Rows
 
 __all__ = ["FlatSource", "IndexedSource", "PooledSource", "TrackedIndex"]
 
-_EXTRA_CANDIDATES = 16
+_EXTRA_CANDIDATES = 8
 _REMOVED_PLACES = 256
 _POOLED_BLOCK_ROWS = 1 << 12
 _BLAS_PROBES, _BLAS_PROBES_ONCE = 3, 20
@@ -76,6 +77,8 @@ class FlatSource(_LocalSource):
 
     def nearest(self, probes: NDArray[np.float32], count: int) -> Found:
         """See `Source`."""
+        if pays(len(probes), len(self.rows)):
+            return nearest_rows_bfloat16(self.rows, probes, count)
         return nearest_rows(self.rows, probes, count)
 
 
