@@ -74,14 +74,14 @@ def _measure_depth(
 ) -> None:
     model = random_model(depth, args.width)
     variants = _variants(model, folder, args.threads)
-    peaks = measure_peaks(threads=args.threads)
+    limits = _Limits(model, measure_peaks(threads=args.threads))
     for batch in args.batches:
         results = _compare(variants, batch, args)
         eager, eager_nhwc, ort = (results.measurements[name] for name in (_EAGER, _EAGER_NHWC, _ORT))
         details[f"R{depth}, batch {batch}"] = results.to_json()
         for name, measurement in results.measurements.items():
             label = f"R{depth}, batch {batch}: {name}"
-            limit = 1e3 * _limit_s(model, name, batch, peaks)
+            limit = 1e3 * limits.image_s(name, batch)
             report.add(label, 1e3 / measurement.items_per_cpu_s, "CPU-ms per image", limit=limit)
             if name == _EAGER:
                 continue
@@ -97,17 +97,24 @@ def _measure_depth(
             report.add(f"{label}, smallest cosine", results.cosines[name], "")
 
 
-def _limit_s(model: "TrainedModel", variant: str, batch: int, peaks: Peaks) -> float:
-    """Least CPU-seconds of an image in a batch; a precision without a peak here counts as fp32."""
-    import torch
+class _Limits:
+    """Least CPU-seconds of an image; a precision without a peak here counts as fp32."""
 
-    from launch.bench.backbones import forward_flops
+    def __init__(self, model: "TrainedModel", peaks: Peaks) -> None:
+        import torch
 
-    side = model.contract.image_size
-    precision = next(known for known in _WEIGHT_BYTES if known in variant.split())
-    flops = forward_flops(model.backbone, torch.zeros(1, 3, side, side))
-    weights = sum(p.numel() for p in model.backbone.parameters()) * _WEIGHT_BYTES[precision]
-    return peaks.limit_s(batch * flops, weights, precision) / batch
+        from launch.bench.backbones import forward_flops
+
+        side = model.contract.image_size
+        self._peaks = peaks
+        self._flops = forward_flops(model.backbone, torch.zeros(1, 3, side, side))
+        self._parameters = sum(p.numel() for p in model.backbone.parameters())
+
+    def image_s(self, variant: str, batch: int) -> float:
+        """Of one image in a batch, in the precision that stands in the name of the variant."""
+        precision = next(known for known in _WEIGHT_BYTES if known in variant.split())
+        weights = self._parameters * _WEIGHT_BYTES[precision]
+        return self._peaks.limit_s(batch * self._flops, weights, precision) / batch
 
 
 def _measure_files(args: argparse.Namespace, report: Report, details: dict[str, object]) -> None:
