@@ -63,7 +63,9 @@ def measure_peaks(
     import torch
 
     if device != "cpu":
-        return _measure(device, torch.cuda.get_device_name(device), 1, "wall", budget_s)
+        peaks = _measure(device, torch.cuda.get_device_name(device), 1, "wall", budget_s)
+        torch.cuda.empty_cache()
+        return peaks
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

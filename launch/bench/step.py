@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     report = Report("step", ("torch", "deepspeed"), settings | {"device": bench.device_name})
     uses_cpu_time = bench.device.type == "cpu"
     peaks = measure_peaks(threads=args.threads, device=bench.device.type)
+    if not uses_cpu_time:
+        torch.cuda.reset_peak_memory_stats()  # what the peaks took is not the step's
     limits = limits_of(bench.config, classes=args.classes, peaks=peaks)
     measurements = {m.name: m for m in interleave(bench.ways, rounds=args.rounds)}
     unit = "CPU-ms per image" if uses_cpu_time else "ms per image"
@@ -147,24 +149,35 @@ class StepBench:
             raise ConfigError(f"--ways {','.join(names)}: choose of {', '.join(_WAYS)}, with plain among them.")
         self.device = start_distributed()
         torch.set_num_threads(args.threads)
-        self.config = _config(args, {"kind": "adversarial"})
+        self._config = _config(args, {"kind": "adversarial"})
         torch.manual_seed(0)
-        backbone = build_backbone(self.config.model).to(self.device)
-        self._engine = BackboneEngine(backbone, self.config, 1)
+        backbone = build_backbone(self._config.model).to(self.device)
+        self._engine = BackboneEngine(backbone, self._config, 1)
         self._engine.train()
-        dim = self.config.model.embedding_dim
-        self._head = build_head(self.config.head, num_classes=args.classes, embedding_dim=dim, seed=0).to(self.device)
+        dim = self._config.model.embedding_dim
+        self._head = build_head(self._config.head, num_classes=args.classes, embedding_dim=dim, seed=0).to(self.device)
         self._head_optimizer = HeadSGD(self._head, momentum=0.9, weight_decay=5e-4)
-        self.batch = _batch(args, self.device)
-        self._tasks = tasks = {
+        self._batch = _batch(args, self.device)
+        tasks = {
             name: FaceTask(_config(args, _WAYS[name]), self._engine, self._head, device=self.device, rank=0)
             for name in names
         }
+        self._plain_task = tasks["plain"]
         self._steps: dict[str, int] = defaultdict(int)
         self.ways: Mapping[str, Callable[[], int]] = {
-            name: lambda name=name, task=task: self._step(name, task, self.batch)  # type: ignore[misc]
+            name: lambda name=name, task=task: self._step(name, task, self._batch)  # type: ignore[misc]
             for name, task in tasks.items()
         }
+
+    @property
+    def config(self) -> "TrainConfig":
+        """Of the adversarial step."""
+        return self._config
+
+    @property
+    def batch(self) -> "Batch":
+        """What all ways step on."""
+        return self._batch
 
     @property
     def device_name(self) -> str:
@@ -175,7 +188,7 @@ class StepBench:
 
     def train_on(self, batch: "Batch") -> None:
         """A plain step on another batch."""
-        self._step("plain", self._tasks["plain"], batch)
+        self._step("plain", self._plain_task, batch)
 
     def _step(self, name: str, task: Any, batch: "Batch") -> int:
         step = self._steps[name]
@@ -214,13 +227,13 @@ class StepBench:
         from aroface.engine.seeding import derive_generator
         from aroface.preprocess import normalise
 
-        config, engine, head = self.config, self._engine, self._head
+        config, engine, head = self._config, self._engine, self._head
         layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         clock = _Clock(self._synchronise, uses_cpu_time=self.device.type == "cpu")
         generator = derive_generator(0, "bench", step=number, device=self.device)
-        images = normalise(self.batch.images, _contract(config))
+        images = normalise(self._batch.images, _contract(config))
         images = augment(images, config.data.augment, generator)
-        labels = self.batch.labels
+        labels = self._batch.labels
         clock.lap("normalise and augment")
 
         def losses(warped: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
