@@ -41,12 +41,3 @@ def test_the_fastest_call_counts_and_the_first_never(monkeypatch: pytest.MonkeyP
         now[0] += next(costs)
 
     assert roofline._host_timer("wall", budget_s=26.0)(work) == 5.0
-
-
-@pytest.mark.gpu
-def test_a_gpu_has_peaks_too():
-    peaks = measure_peaks(device="cuda", budget_s=0.01)
-    assert peaks.clock == "wall"
-    assert {"fp32", "bf16", "fp16"} <= set(peaks.flops_per_s)
-    assert all(math.isfinite(rate) and rate > 0 for rate in (*peaks.flops_per_s.values(), peaks.bytes_per_s))
-    assert peaks.flops_per_s["bf16"] > peaks.flops_per_s["fp32"]
