@@ -8,8 +8,8 @@ the result states its quantiles. Vectors without such a structure are far harder
 
 The limit of an exact search of P probes among N vectors of D numbers is the product of all pairs, 2 P N D operations,
 or the vectors read once, 4 N D bytes, whichever takes longer: for one probe the reading. The product is that of the
-faster of float32 and bf16, for bf16 is enough to choose the candidates; a bare Faiss index computes in float32. A search
-that looks at a part of the vectors has no such limit.
+faster of float32 and bf16, for bf16 is enough to choose the candidates; a bare Faiss index computes in float32. A
+search that looks at a part of the vectors has no such limit.
 """
 
 import argparse
