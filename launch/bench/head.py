@@ -2,8 +2,10 @@
 
 One forward and backward pass of ArcFace with a straight-through margin, which all of them compute. Times are CPU times
 of one thread, variants interleaved; memory is what a process needs beyond the centres and the embeddings, each variant
-in a process of its own. `--full` adds the head of WebFace12M (617,970 classes) with its optimiser, which takes about
-5 GiB.
+in a process of its own. The limit of a pass is its arithmetic: 6 N C D operations for the logits and two gradients (N
+images, C classes that take part, D = 512) in its precision, or the centres read and their gradient written once. A head
+in chunks forms its logits twice, 8 N C D, and still is held against the 6 that the result needs. `--full` adds the head
+of WebFace12M (617,970 classes) with its optimiser, which takes about 5 GiB.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 from launch.bench.head_ranks import expected_bytes, traffic
 from launch.bench.measure import interleave, peak_growth, ratio
 from launch.bench.output import Report, measured
+from launch.bench.roofline import Peaks, measure_peaks
 
 _DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
 _FULL_CLASSES, _FULL_BATCH = 617_970, 1024
@@ -145,8 +148,9 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
         on_round=lambda name, number: logger.info("%s, round %d", name, number),
     )
     by_name = {measurement.name: measurement for measurement in found}
+    peaks = measure_peaks()
     for name, measurement in by_name.items():
-        report.add(f"{name}, CPU time", measurement.cpu_s, "s")
+        report.add(f"{name}, CPU time", measurement.cpu_s, "s", limit=_limit_s(name, batch, classes, peaks))
     goals = {"chunked fp32": 1.5, "chunked bf16": 2.5}
     for name in ("plain", *_OURS):
         speed = ratio(by_name[name], by_name["arcface_torch"])
@@ -156,6 +160,13 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
             speed = ratio(by_name[f"sampled {rate}{suffix}"], by_name[f"arcface_torch {rate}"])
             report.add(f"sampled {rate}{suffix}, speed of arcface_torch sampled", speed, "x")
     report.details["times"] = {name: measured(measurement) for name, measurement in by_name.items()}
+
+
+def _limit_s(name: str, batch: int, classes: int, peaks: Peaks) -> float:
+    settings = {"sample_rate": 1.0, **_OURS.get(name, _PEERS.get(name, {}))}
+    flops = 6 * batch * classes * settings["sample_rate"] * _DIM
+    centres = 4 * classes * settings["sample_rate"] * _DIM
+    return peaks.limit_s(flops, 2 * centres, settings.get("logit_precision", "fp32"))
 
 
 def _memory(report: Report, batch: int, classes: int) -> None:

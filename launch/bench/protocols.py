@@ -2,7 +2,9 @@
 
 IJB-C 1:1 (23,124 templates, 15.66 M pairs) with and without the bootstrap over subjects, IJB-C 1:N (19,593 probes, two
 galleries), TinyFace (3,728 probes, 157,871 gallery images, mAP), and the pooling of IJB-S videos of two lengths. Each
-runs in a process of its own.
+runs in a process of its own. The limit of a protocol is the float32 product of its templates, 2 R C D operations for R
+by C of them, or the templates read once; of the pooling, every frame read once. The bootstrap has none. Times are wall
+times, and so are the peaks behind the limits.
 """
 
 import argparse
@@ -17,9 +19,12 @@ import numpy as np
 
 from launch.bench.measure import PeakMemory
 from launch.bench.output import Report
+from launch.bench.roofline import Peaks, measure_peaks
 
 _DIM = 512
 _ENROLMENTS, _PROBES, _PAIRS = 3531, 19593, 15_658_489
+_TINYFACE = (2569, 3728, 4443, 153_428)  #: people, probes, matches in the gallery, distractors
+_IJBS_TEMPLATES = 3852
 _FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 logger = logging.getLogger(__name__)
@@ -36,21 +41,36 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     settings = {"scale": args.scale, "resamples": args.resamples}
     report = Report("protocols", ("numpy", "scipy"), settings)
-    for name, work, most_s, most_gib in (
-        ("IJB-C 1:1, 15.66 M pairs, 6 FARs", _ijbc_pairs, 10, 2),
-        ("IJB-C 1:1, bootstrap over subjects", _ijbc_bootstrap, 60, None),
-        ("IJB-C 1:N, two galleries", _ijbc_search, 10, None),
-        ("TinyFace with distractors and mAP", _tinyface, 30, 1.5),
+    peaks = _peaks()
+    ijbc, tinyface = (_ENROLMENTS, _PROBES), (_TINYFACE[1], _TINYFACE[2] + _TINYFACE[3])
+    for name, work, most_s, most_gib, product in (
+        ("IJB-C 1:1, 15.66 M pairs, 6 FARs", _ijbc_pairs, 10, 2, ijbc),
+        ("IJB-C 1:1, bootstrap over subjects", _ijbc_bootstrap, 60, None, None),
+        ("IJB-C 1:N, two galleries", _ijbc_search, 10, None, ijbc),
+        ("TinyFace with distractors and mAP", _tinyface, 30, 1.5, tinyface),
     ):
         seconds, peak = _in_process(work, args.scale, args.resamples)
-        report.add(f"{name}, time", seconds, "s", at_most=most_s)
+        limit = None if product is None else _product_s(peaks, *(max(4, int(size * args.scale)) for size in product))
+        report.add(f"{name}, time", seconds, "s", at_most=most_s, limit=limit)
         report.add(f"{name}, memory", peak / 2**30, "GiB", at_most=most_gib)
     for frames in (50, 500):
         seconds, peak = _in_process(_ijbs_pooling, args.scale, frames)
         report.add(f"IJB-S pooling, {frames} frames a template, memory", peak / 2**20, "MiB")
-        report.add(f"IJB-S pooling, {frames} frames a template", int(3852 * args.scale) * frames / seconds, "frames/s")
+        rate, limit = int(_IJBS_TEMPLATES * args.scale) * frames / seconds, peaks.bytes_per_s / (4 * _DIM)
+        name = f"IJB-S pooling, {frames} frames a template"
+        report.add(name, rate, "frames/s", limit=limit, higher_is_better=True)
     report.write(args.out)
     return 0
+
+
+def _peaks() -> Peaks:
+    import torch
+
+    return measure_peaks(threads=torch.get_num_threads(), clock="wall")
+
+
+def _product_s(peaks: Peaks, rows: int, columns: int) -> float:
+    return peaks.limit_s(2.0 * rows * columns * _DIM, 4.0 * (rows + columns) * _DIM)
 
 
 def _in_process(work: Callable[[float, int], float], scale: float, count: int) -> tuple[float, int]:
@@ -128,7 +148,7 @@ def _tinyface(scale: float, resamples: int) -> float:
     from retrieval.metrics import evaluate_identification
 
     generator = np.random.default_rng(0)
-    people, probes, matches, others = (max(4, int(size * scale)) for size in (2569, 3728, 4443, 153428))
+    people, probes, matches, others = (max(4, int(size * scale)) for size in _TINYFACE)
     centres = _people(generator, people)
     gallery = generator.standard_normal((matches + others, _DIM), np.float32)
     gallery *= 0.08
@@ -152,7 +172,7 @@ def _ijbs_pooling(scale: float, frames: int) -> float:
     from retrieval.templates import Pooling, TemplateSums
 
     generator = np.random.default_rng(0)
-    templates = int(3852 * scale)
+    templates = int(_IJBS_TEMPLATES * scale)
     sums = TemplateSums(templates, _DIM, Pooling(media=False))
     batch = generator.standard_normal((4096, _DIM), np.float32)
     start = perf_counter()

@@ -3,7 +3,8 @@
 For each depth and batch: eager PyTorch in fp32 (contiguous, and channels-last as `aroface embed` runs it) and bf16,
 ONNX Runtime in fp32, fp16 and int8, OpenVINO in fp32, bf16 and int8. Every variant is compared with eager fp32 by the
 smallest cosine. int8 is calibrated on other faces than are compared. Random weights say nothing about accuracy: that
-is what the gate of `aroface export --precision int8` measures.
+is what the gate of `aroface export --precision int8` measures. The limit is the arithmetic of the forward pass at the
+peak of the precision, or the weights read once a batch in that precision; on a CPU fp16 files are computed in fp32.
 
 MODEL ... instead measures exported files of one checkpoint (.onnx, .engine) side by side, the first being the
 reference. Engines are compared by wall time, since the processor only waits for them.
@@ -19,6 +20,7 @@ import numpy as np
 
 from launch.bench.measure import Measurement, interleave, ratio
 from launch.bench.output import Report, measured
+from launch.bench.roofline import Peaks, Precision, measure_peaks
 from launch.evaluate_options import counts, positive
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy", "tensorrt")
 _EAGER, _EAGER_NHWC, _ORT = "eager fp32", "eager fp32 channels-last", "onnxruntime fp32"
 _CALIBRATION_FACES = 64
+_WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,15 +74,18 @@ def _measure_depth(
 ) -> None:
     model = random_model(depth, args.width)
     variants = _variants(model, folder, args.threads)
+    limits = _Limits(model, measure_peaks(threads=args.threads))
     for batch in args.batches:
         results = _compare(variants, batch, args)
         eager, eager_nhwc, ort = (results.measurements[name] for name in (_EAGER, _EAGER_NHWC, _ORT))
         details[f"R{depth}, batch {batch}"] = results.to_json()
         for name, measurement in results.measurements.items():
+            label = f"R{depth}, batch {batch}: {name}"
+            limit = 1e3 * limits.image_s(name, batch)
+            report.add(label, 1e3 / measurement.items_per_cpu_s, "CPU-ms per image", limit=limit)
             if name == _EAGER:
                 continue
             is_goal = name == _ORT and batch == 1
-            label = f"R{depth}, batch {batch}: {name}"
             report.add(f"{label} / eager", ratio(measurement, eager), "x", at_least=1.0 if is_goal else None)
             if name == _ORT:
                 against = ratio(ort, eager_nhwc)
@@ -89,6 +95,26 @@ def _measure_depth(
                 against = ratio(measurement, ort)
                 report.add(f"{label} / onnxruntime fp32", against, "x", at_least=2.2 if is_goal else None)
             report.add(f"{label}, smallest cosine", results.cosines[name], "")
+
+
+class _Limits:
+    """Least CPU-seconds of an image; a precision without a peak here counts as fp32."""
+
+    def __init__(self, model: "TrainedModel", peaks: Peaks) -> None:
+        import torch
+
+        from launch.bench.backbones import forward_flops
+
+        side = model.contract.image_size
+        self._peaks = peaks
+        self._flops = forward_flops(model.backbone, torch.zeros(1, 3, side, side))
+        self._parameters = sum(p.numel() for p in model.backbone.parameters())
+
+    def image_s(self, variant: str, batch: int) -> float:
+        """Of one image in a batch, in the precision that stands in the name of the variant."""
+        precision = next(known for known in _WEIGHT_BYTES if known in variant.split())
+        weights = self._parameters * _WEIGHT_BYTES[precision]
+        return self._peaks.limit_s(batch * self._flops, weights, precision) / batch
 
 
 def _measure_files(args: argparse.Namespace, report: Report, details: dict[str, object]) -> None:

@@ -3,7 +3,12 @@
 The steps are those of the trainer (DeepSpeed, sharded head, optimisers included) on random images. All ways share one
 network and take turns, one step each; on CPU the figures are CPU time, on a GPU wall time. `published` is the attack of
 the published code inside our step (release_compat): whole batch attacked, training mode. It runs on the GPU where there
-is one (`CUDA_VISIBLE_DEVICES=` hides it).
+is one (`CUDA_VISIBLE_DEVICES=` hides it). Limits are counted operations and bytes at the peaks of the same device,
+measured in the same run; `launch/bench/step_limits.py` states the formulas.
+
+The wait for data is that of plain steps fed from drawn faces in shards, through the trainer's loader, by the clock on
+the wall. One rank runs, so collectives tell nobody anything: what they take is the bare calls, and nothing where the
+engine makes none. `aroface bench engine` runs several ranks.
 """
 
 import argparse
@@ -16,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from launch.bench.measure import Measurement, interleave
 from launch.bench.output import Report, measured
+from launch.bench.roofline import measure_peaks
+from launch.bench.step_feed import collectives_s, copy_s, drawn_shards, fed_steps
+from launch.bench.step_limits import StepLimits, limits_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +45,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 }
 _GOALS = {"adversarial": 1.20, "delayed": 1.06}
 _WARP_SHARE = 0.02
+_WAIT_SHARE = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,27 +73,53 @@ def run(args: argparse.Namespace) -> int:
     bench = StepBench(args, [name.strip() for name in args.ways.split(",")])
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     report = Report("step", ("torch", "deepspeed"), settings | {"device": bench.device_name})
-    measurements = {m.name: m for m in interleave(bench.ways, rounds=args.rounds)}
     uses_cpu_time = bench.device.type == "cpu"
+    peaks = measure_peaks(threads=args.threads, device=bench.device.type)
+    if not uses_cpu_time:
+        torch.cuda.reset_peak_memory_stats()  # what the peaks took is not the step's
+    limits = limits_of(bench.config, classes=args.classes, peaks=peaks)
+    measurements = {m.name: m for m in interleave(bench.ways, rounds=args.rounds)}
     unit = "CPU-ms per image" if uses_cpu_time else "ms per image"
     report.details["steps"] = {name: measured(m) for name, m in measurements.items()}
     for name, measurement in measurements.items():
-        report.add(f"{name}, step", 1000 * _median_s(measurement, uses_cpu_time) / args.batch, unit)
+        limit = 1000 * limits.step_s(_config(args, _WAYS[name]).alignment) / args.batch
+        report.add(f"{name}, step", 1000 * _median_s(measurement, uses_cpu_time) / args.batch, unit, limit=limit)
     for name, measurement in measurements.items():
         if name != "plain":
             ratios = _ratios(measurement, measurements["plain"], uses_cpu_time)
             report.details.setdefault("ratios", {})[name] = ratios
             report.add(f"{name} / plain", statistics.median(ratios), "x", at_most=_GOALS.get(name))
-    parts = bench.parts(rounds=args.rounds)
-    whole = sum(seconds for name, seconds in parts.items() if name != "warp alone")
-    for name, seconds in parts.items():
-        goal = _WARP_SHARE * 100 if name == "warp alone" else None
-        report.add(f"part of an adversarial step: {name}", 100 * seconds / whole, "%", at_most=goal)
+    _add_parts(report, bench, limits, unit, args)
+    _add_waits(report, bench, args)
     report.details["peak_memory_gib"] = (
         torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
     )
     report.write(args.out)
     return 0
+
+
+def _add_parts(report: Report, bench: "StepBench", limits: StepLimits, unit: str, args: argparse.Namespace) -> None:
+    parts = bench.parts(rounds=args.rounds)
+    least = limits.parts_s(bench.config.alignment)
+    for name, seconds in parts.items():
+        limit = 1000 * least[name] / args.batch if name in least else None
+        report.add(f"adversarial step, {name}", 1000 * seconds / args.batch, unit, limit=limit)
+    whole = sum(seconds for name, seconds in parts.items() if name != "warp alone")
+    for name, seconds in parts.items():
+        goal = _WARP_SHARE * 100 if name == "warp alone" else None
+        report.add(f"part of an adversarial step: {name}", 100 * seconds / whole, "%", at_most=goal)
+
+
+def _add_waits(report: Report, bench: "StepBench", args: argparse.Namespace) -> None:
+    with drawn_shards(bench.config, classes=args.classes) as data:
+        wait_s, step_s = fed_steps(data, bench.train_on, batch=args.batch, steps=args.rounds, device=bench.device)
+    report.add("plain step fed by the loader, wall time", 1000 * step_s / args.batch, "ms per image")
+    report.add("of it waiting for data", 100 * wait_s / step_s, "%", at_most=100 * _WAIT_SHARE)
+    if bench.device.type == "cuda":
+        copy = 1000 * copy_s(bench.batch, bench.device) / args.batch
+        report.add("copy to the device, alone", copy, "ms per image")
+    seconds = collectives_s(bench.ways["plain"])
+    report.add("collectives of a plain step, one rank", 1000 * seconds / args.batch, "ms per image")
 
 
 def _median_s(measurement: Measurement, uses_cpu_time: bool) -> float:
@@ -127,11 +162,22 @@ class StepBench:
             name: FaceTask(_config(args, _WAYS[name]), self._engine, self._head, device=self.device, rank=0)
             for name in names
         }
+        self._plain_task = tasks["plain"]
         self._steps: dict[str, int] = defaultdict(int)
         self.ways: Mapping[str, Callable[[], int]] = {
-            name: lambda name=name, task=task: self._step(name, task)  # type: ignore[misc]
+            name: lambda name=name, task=task: self._step(name, task, self._batch)  # type: ignore[misc]
             for name, task in tasks.items()
         }
+
+    @property
+    def config(self) -> "TrainConfig":
+        """Of the adversarial step."""
+        return self._config
+
+    @property
+    def batch(self) -> "Batch":
+        """What all ways step on."""
+        return self._batch
 
     @property
     def device_name(self) -> str:
@@ -140,14 +186,18 @@ class StepBench:
 
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    def _step(self, name: str, task: Any) -> int:
+    def train_on(self, batch: "Batch") -> None:
+        """A plain step on another batch."""
+        self._step("plain", self._plain_task, batch)
+
+    def _step(self, name: str, task: Any, batch: "Batch") -> int:
         step = self._steps[name]
         self._steps[name] += 1
-        output = task(self._batch, step=step, micro_step=step)
+        output = task(batch, step=step, micro_step=step)
         self._engine.backward(output.loss)
         self._update()
         self._synchronise()
-        return len(self._batch.labels)
+        return len(batch.labels)
 
     def _update(self) -> None:
         self._engine.step(1e-4)

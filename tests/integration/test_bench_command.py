@@ -7,6 +7,7 @@ import torch
 
 from aroface.config.schema import ArcFaceConfig
 from aroface.heads import build_head
+from launch.bench import roofline
 from launch.bench.head_peer import peer_loss, plain_loss
 from launch.bench.head_ranks import expected_bytes, traffic
 from launch.bench.peers import arcface_batches, webdataset_batches
@@ -27,6 +28,10 @@ def test_the_loader_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert record["reading"]["aroface"]["items"] == record["reading"]["webdataset"]["items"] == 40
     assert record["packing"]["pack"]["items"] == record["packing"]["copy, headers with Pillow"]["items"] == 40
     assert record["machine"]["cores"] >= 1
+    figures = {figure["name"]: figure for figure in record["figures"]}
+    ours, alone = figures["read with aroface"], figures["read with decode alone"]
+    assert ours["limit"] == alone["value"]
+    assert ours["of_limit"] == ours["value"] / alone["value"]
     for figure in record["figures"]:
         assert figure["name"] in printed
         assert np.isfinite(figure["value"])
@@ -46,14 +51,58 @@ def test_exports_are_measured(tmp_path: Path) -> None:
     assert min(cosines[name] for name in cosines if "16" in name) > 0.995
     goals = {figure["name"] for figure in record["figures"] if figure["goal"] is not None}
     assert "R18, batch 1: onnxruntime fp32 / eager" in goals
+    limited = {figure["name"] for figure in record["figures"] if figure["of_limit"] is not None}
+    assert limited == {f"{title}: {name}" for title, entries in record["measurements"].items() for name in entries}
 
 
-def test_the_protocols_are_measured(tmp_path: Path) -> None:
-    out = tmp_path / "protocols.json"
-    assert main(["bench", "protocols", "--scale", "0.01", "--resamples", "20", "--out", str(out)]) == 0
-    figures = {figure["name"]: figure for figure in json.loads(out.read_text())["figures"]}
+@pytest.fixture
+def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks of small products and arrays: rates all the same."""
+    monkeypatch.setattr(roofline, "_CPU_SIDES", (128,))
+    monkeypatch.setattr(roofline, "_CPU_BYTES", 1 << 22)
+
+
+@pytest.mark.usefixtures("quick_peaks")
+def test_the_machine_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "machine.json"
+    assert main(["bench", "machine", "--threads", "1", "--device", "cpu", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    figures = {figure["name"]: figure["value"] for figure in record["figures"]}
+    assert {"fp32 matrix product", "bf16 matrix product", "memory, read and written"} <= set(figures)
+    assert all(np.isfinite(value) and value > 0 for value in figures.values())
+    assert record["settings"] == {"device": "cpu", "threads": 1}
+
+
+@pytest.mark.usefixtures("quick_peaks")
+def test_the_protocols_are_measured_and_json_is_all_that_stdout_gets(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "protocols", "--scale", "0.01", "--json", "--resamples", "20"]) == 0
+    printed, said = capfd.readouterr()
+    record = json.loads(printed)
+    assert record["settings"] == {"scale": 0.01, "resamples": 20}
+    figures = {figure["name"]: figure for figure in record["figures"]}
     assert len(figures) == 12
     assert all(figure["value"] > 0 for figure in figures.values())
+    assert all(name in said for name in figures)
+    limited = {name for name, figure in figures.items() if figure["limit"] is not None}
+    assert len(limited) == 5
+    assert not any("bootstrap" in name or "memory" in name for name in limited)
+    assert all(figures[name]["of_limit"] > 0 for name in limited)
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "backbones", "--against", str(tmp_path), "--pairs", "1"]) == 2
+    assert "git worktree add" in capsys.readouterr().err
+    here = Path(__file__).resolve().parents[2]
+    command = ["bench", "machine", "--device", "cpu", f"--against={here}", "--pairs=1", "--json"]
+    assert main(command) == 0
+    printed, said = capsys.readouterr()
+    record = json.loads(printed)
+    assert record["options"] == "--device cpu"
+    assert [len(runs) for runs in record["runs"].values()] == [1, 1]
+    for figure in record["figures"]:
+        assert figure["ratio"] == figure["here"] / figure["there"]
+        assert figure["name"] in said
 
 
 @pytest.mark.slow
@@ -66,6 +115,7 @@ def test_the_head_is_measured(tmp_path: Path) -> None:
     exact = [name for name in figures if " off " in name and "bf16" not in name]
     assert len(exact) == 10
     assert all(figures[name]["reached"] for name in exact)
+    assert len([name for name in figures if name.endswith("CPU time") and figures[name]["of_limit"] > 0]) == 10
 
 
 @pytest.mark.slow
@@ -105,7 +155,9 @@ def test_the_engine_is_measured_beside_ddp(tmp_path: Path) -> None:
     assert main(["bench", "engine", *sizes, "--steps", "1", "--rounds", "1", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert set(record["variants"]) == {"DDP", "ZeRO 0", "ZeRO 2"}
-    assert all(figure["value"] > 0 for figure in record["figures"] if figure["unit"] == "x")
+    ratios = [figure for figure in record["figures"] if figure["unit"] == "x"]
+    assert all(figure["value"] > 0 for figure in ratios)
+    assert [figure["limit"] for figure in ratios] == [1.0] * 4
 
 
 @pytest.mark.slow
@@ -121,6 +173,12 @@ def test_the_step_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(step["items"] == 8 for step in record["steps"].values())
     parts = [f["value"] for name, f in figures.items() if "part of" in name and "warp alone" not in name]
     assert sum(parts) == pytest.approx(100)
+    limited = {name for name, figure in figures.items() if figure["limit"] is not None}
+    assert limited >= {f"{way}, step" for way in record["steps"]}
+    assert limited >= {f"adversarial step, {part}" for part in ("attack", "forward", "backward", "optimisers")}
+    assert all(figures[name]["of_limit"] > 0 for name in limited)
+    assert 0 <= figures["of it waiting for data"]["value"] <= 100
+    assert figures["collectives of a plain step, one rank"]["value"] >= 0
     assert main(["bench", "step", *small, "--ways", "random"]) == 2
     assert "with plain among them" in capsys.readouterr().err
 
@@ -157,3 +215,17 @@ def test_the_service_is_measured_under_load(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     assert set(record["measurements"]) == {"model alone, batch 1", "model alone, batch 4", "service"}
     assert all(figure["value"] > 0 for figure in record["figures"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_peaks")
+def test_galleries_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "gallery.json"
+    sizes = ["--size", "4000", "--probes", "40", "--rounds", "1", "--work", str(tmp_path)]
+    assert main(["bench", "gallery", *sizes, "--out", str(out)]) == 0
+    figures = {figure["name"]: figure for figure in json.loads(out.read_text())["figures"]}
+    assert figures["flat, same entries at the same places"]["value"] == 1
+    limited = {name for name, figure in figures.items() if figure["of_limit"] is not None}
+    assert limited == {"bare IndexFlatIP", "flat", "flat, 32 probes", "flat, one probe"}
+    # one probe bears the reading of all vectors alone
+    assert figures["flat, one probe"]["limit"] >= figures["flat"]["limit"]
