@@ -2,6 +2,8 @@
 
 import shutil
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +101,19 @@ def test_a_master_that_does_not_answer_is_named(tmp_path, drawn_shards):
         PreflightError, match=r"does not reach the master at 127.0.0.1:\d+ within 1 s.*Is node 0 started"
     ):
         meet(tmp_path / "run", drawn_shards, nodes=2, ranks=(1,), timeout_s=1)
+
+
+def test_torchrun_meets_nodes_whose_names_it_is_not_told(tmp_path, drawn_shards):
+    """The command as it is given on both nodes, up to the training."""
+    words = [sys.executable, "-m", "launch", "launch", str(CONFIG), f"data.shards={drawn_shards}"]
+    words += ["--run", str(tmp_path / "run"), "--launcher", "torchrun", "--nodes", "2", "--gpus-per-node", "1"]
+    words += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--preflight-only"]
+    processes = [
+        subprocess.Popen([*words, "--node-rank", str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    told = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "2 node(s) ready" in told[0]
 
 
 def examine(shards, run, **changes):
