@@ -34,9 +34,14 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
-    def unplug(self) -> None:
-        """Take the cable out: packets vanish without an error."""
-        subprocess.run(self.words("ip", "link", "set", "eth0", "down"), check=True)
+    @contextlib.contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Inside, the cable is out: packets vanish without an error."""
+        _ip("-n", self.name, "link", "set", "eth0", "down")
+        try:
+            yield
+        finally:
+            _ip("-n", self.name, "link", "set", "eth0", "up")
 
 
 @contextlib.contextmanager
