@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from aroface.engine.best import Best, write_best
+from aroface.engine.checkpoint_layout import newest_valid
 from launch.cli import main
 from tests.helpers.training import BATCH, COMPARABLE, train
 
@@ -21,6 +22,13 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    return data
 
 
 def rows(capsys):
@@ -45,9 +53,7 @@ def test_verify_names_what_is_damaged(run, capsys):
     assert main(["checkpoint", "verify", str(run)]) == 0
     assert capsys.readouterr().out.count(": whole") == 3
     path = run / "step-00000004" / "optimizer.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 4
-    path.write_bytes(data)
+    data = flip_a_bit(path)
     assert main(["checkpoint", "verify", str(run)]) == 2
     captured = capsys.readouterr()
     assert "optimizer.safetensors does not have the checksum it was saved with" in captured.err
@@ -65,6 +71,17 @@ def test_prune_says_then_does(run, capsys):
     assert main(keep) == 0
     assert "2 stay, the best (accuracy on lfw) among them" in capsys.readouterr().out
     assert sorted(path.name for path in run.glob("step-*")) == ["step-00000002", "step-00000006"]
+
+
+def test_prune_does_not_count_a_damaged_checkpoint_as_kept(run, capsys):
+    flip_a_bit(run / "step-00000006" / "optimizer.safetensors")
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert "step-00000006: DAMAGED, stays, and is not counted" in capsys.readouterr().out
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-00000004", "step-00000006"]
+    assert newest_valid(run) == run / "step-00000004"
+    flip_a_bit(run / "step-00000004" / "backbone.safetensors")
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert len(list(run.glob("step-*"))) == 2, "nothing good is left, so nothing is deleted"
 
 
 @pytest.mark.parametrize("action", ["info", "verify", "prune"])
