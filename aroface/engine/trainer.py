@@ -35,6 +35,7 @@ from aroface.engine.seeding import derive_seed
 from aroface.engine.task import FaceTask, contract_of
 from aroface.engine.watchdog import Watchdog
 from aroface.errors import ArofaceError
+from aroface.files import writing
 from aroface.heads import HeadSGD, build_head
 from aroface.inference import TorchEmbedder, TrainedModel
 from aroface.models import build_backbone
@@ -179,10 +180,11 @@ class Trainer:
         config = self.config
         log = None
         if self._rank == 0:
-            record_run(self._run, config, deepspeed=self._engine.settings, overrides=self._overrides)
-            remove_torn(self._run)
-            write_best(self._run, self._best)
-            log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
+            with writing(self._run):
+                record_run(self._run, config, deepspeed=self._engine.settings, overrides=self._overrides)
+                remove_torn(self._run)
+                write_best(self._run, self._best)
+                log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
         try:
             with ExitStack() as stack:

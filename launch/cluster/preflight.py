@@ -181,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--hosts", required=True, help="NAME:RANKS,NAME:RANKS,... in the order of the nodes; a NAME may be empty")
+    parser.add_argument(
+        "--hosts", required=True, help="NAME:RANKS,NAME:RANKS,... in the order of the nodes; a NAME may be empty"
+    )
     parser.add_argument("--master-addr", required=True)
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("--node-rank", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
