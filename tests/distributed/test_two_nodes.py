@@ -14,6 +14,7 @@ from aroface.engine.checkpoint_layout import newest_valid
 from shards.pack import PackOptions, pack
 from shards.synthetic import write_synthetic
 from tests.helpers.namespaces import two_nodes
+from tests.helpers.needs import missing
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "smoke" / "tiny.yaml"
@@ -181,13 +182,13 @@ def test_a_run_directory_that_is_not_shared_is_refused(tmp_path, nodes, shards, 
 def ssh(nodes, tmp_path_factory):
     """Options of `aroface launch` that reach the sshd of each node."""
     packages = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client"}
-    missing = [package for program, package in packages.items() if shutil.which(program) is None]
-    if missing:
+    absent = [package for program, package in packages.items() if shutil.which(program) is None]
+    if absent:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False}
         subprocess.run(["apt-get", "update"], timeout=120, **quiet)
-        subprocess.run(["apt-get", "install", "--yes", *missing], timeout=240, **quiet)
+        subprocess.run(["apt-get", "install", "--yes", *absent], timeout=240, **quiet)
         if any(shutil.which(program) is None for program in packages):
-            pytest.skip(f"needs {', '.join(missing)}, which apt-get could not install")
+            missing(f"needs {', '.join(absent)}, which apt-get could not install")
     folder = tmp_path_factory.mktemp("ssh")
     folder.chmod(0o700)
     for name in ("host", "user"):

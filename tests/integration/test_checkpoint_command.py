@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from aroface.engine.best import Best, write_best
@@ -47,6 +48,21 @@ def test_info_tells_what_is_there(run, capsys):
     assert found["step-00000002"]["state"] == found[".step-00000008.tmp"]["state"] == "torn: never read"
     assert main(["checkpoint", "info", str(run / "step-00000006")]) == 0
     assert "step-00000006" in capsys.readouterr().out
+
+
+def test_the_model_file_of_a_trained_run_embeds_by_itself(run, drawn_faces, tmp_path):
+    alone = tmp_path / "moved" / "model.safetensors"
+    alone.parent.mkdir()
+    shutil.copy(run / "step-00000006" / "model.safetensors", alone)
+    found = []
+    for model in (run / "step-00000006", run / "step-00000006" / "model.safetensors", alone):
+        out = tmp_path / f"{len(found)}.npz"
+        assert main(["embed", str(model), str(drawn_faces), "--out", str(out), "--threads", "1"]) == 0
+        with np.load(out, allow_pickle=False) as file:
+            found.append(file["embeddings"])
+    assert found[0].shape == (72, 8)
+    assert np.linalg.norm(found[0], axis=1).min() > 0
+    assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
 def test_verify_names_what_is_damaged(run, capsys):

@@ -20,6 +20,7 @@ from aroface.config.engine import CheckpointConfig
 from aroface.engine.checkpoint import Snapshot, TensorFile
 from aroface.engine.checkpoint_layout import newest_valid, start_checkpoint, step_of, torn_saves
 from aroface.engine.saver import write_snapshot
+from tests.helpers.needs import missing
 
 ROUNDS, EVERY, VALUES = 30, 5, 200_000
 CONFIG = CheckpointConfig(keep_last=2)
@@ -132,7 +133,7 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_says_so(tmp_path, drawn_shard
     arguments = [disk, sys.executable, config, drawn_shards, told, verified]
     probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
     if probe.returncode:
-        pytest.skip("this system has no mount namespaces for us")
+        missing("this system has no mount namespaces for us")
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", SCRIPT, "sh", *map(str, arguments)],
         cwd=root,
@@ -142,7 +143,7 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_says_so(tmp_path, drawn_shard
         check=False,
     )
     if result.returncode == 77:
-        pytest.skip("no tmpfs may be mounted here")
+        missing("no tmpfs may be mounted here")
     assert "train 2, verify 0" in result.stdout, told.read_text()
     assert "No space left on device" in told.read_text()
     assert any(words in told.read_text() for words in ("is as it was", "metrics.jsonl cannot be written"))
