@@ -251,7 +251,8 @@ def batch_script(tmp_path):
     programs = {
         "activate": "",
         "python": f"#!/bin/sh\nprintf '%s\\n' \"$@\" >{tmp_path}/arguments\ntrap 'exit 0' TERM\n"
-        f"echo $SRUN_CPUS_PER_TASK >{tmp_path}/cores\n[ -e {tmp_path}/ends ] && exit 5\ntouch {tmp_path}/is-ready\nwhile :; do sleep 0.1; done\n",
+        f"echo $SRUN_CPUS_PER_TASK >{tmp_path}/cores\n[ -e {tmp_path}/ends ] && exit 5\n"
+        f"touch {tmp_path}/is-ready\nwhile :; do sleep 0.1; done\n",
         "scontrol": f'#!/bin/sh\necho "$@" >{tmp_path}/scontrol\n',
     }
     (tmp_path / "bin").mkdir()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cluster.hosts import Host
 from launch.cluster.node_report import NodeReport, disagreements, examine_node
@@ -18,7 +19,11 @@ from shards.synthetic import write_synthetic
 
 CONFIG = Path(__file__).parents[3] / "configs" / "smoke" / "tiny.yaml"
 GOOD = NodeReport(
-    0, "alpha", {"python": "3.11", "torch": "2.6", "commit": "abc"}, config_sha256="c" * 64, data_sha256="d" * 64
+    0,
+    "alpha",
+    {"python": "3.11", "torch": "2.6", "commit": "abc", "device": "cuda"},
+    config_sha256="c" * 64,
+    data_sha256="d" * 64,
 )
 OTHER = replace(GOOD, node_rank=1, host="beta")
 
@@ -47,6 +52,7 @@ def test_equal_reports_agree_and_survive_the_wire():
     [
         ({"versions": {**GOOD.versions, "torch": "2.7"}}, "torch differs: 2.6 on node 0 (alpha); 2.7", "same version"),
         ({"versions": {**GOOD.versions, "commit": "abd"}}, "commit differs", "check out the same commit"),
+        ({"versions": {**GOOD.versions, "device": "cpu"}}, "device differs: cuda on node 0 (alpha); cpu", "take that node"),
         ({"config_sha256": "e" * 64}, "configuration differs", "the same file and the same overrides"),
         ({"data_sha256": "e" * 64}, "manifest of the shards differs", "copy the shards again"),
         ({"problems": ["the disk is full; free some"]}, "node 1 (beta): the disk is full", "free some"),
@@ -122,7 +128,9 @@ def examine(shards, run, **changes):
 
 
 def test_a_node_tells_what_is_wrong_with_it(tmp_path, drawn_shards, monkeypatch):
-    assert examine(drawn_shards, tmp_path / "run").problems == []
+    good = examine(drawn_shards, tmp_path / "run")
+    assert good.problems == []
+    assert good.versions["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     (problem,) = examine(drawn_shards, tmp_path / "run", names=["no-such-host.invalid"]).problems
     assert "no-such-host.invalid does not resolve here" in problem
     (problem,) = examine(drawn_shards, tmp_path / "run", slots=[8, 8]).problems
