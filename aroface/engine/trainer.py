@@ -108,7 +108,13 @@ class Trainer:
             PeriodicEvaluation(config.evaluate, evaluators, best=self._earlier_best) if config.evaluate else None
         )
         self._watchdog = Watchdog(2 * config.engine.timeout_s)
-        self._saver = CheckpointSaver(run, config.checkpoint, rank=self._rank, on_wait=self._watchdog.beat)
+        self._saver = CheckpointSaver(
+            run,
+            config.checkpoint,
+            rank=self._rank,
+            on_wait=self._watchdog.beat,
+            patience_s=4 * config.engine.timeout_s,
+        )
         barrier()  # every rank has looked at the run directory before rank 0 writes there
         self._stop_requested = False
 

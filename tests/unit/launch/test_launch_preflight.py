@@ -52,7 +52,7 @@ def test_equal_reports_agree_and_survive_the_wire():
     [
         ({"versions": {**GOOD.versions, "torch": "2.7"}}, "torch differs: 2.6 on node 0 (alpha); 2.7", "same version"),
         ({"versions": {**GOOD.versions, "commit": "abd"}}, "commit differs", "check out the same commit"),
-        ({"versions": {**GOOD.versions, "device": "cpu"}}, "device differs: cuda on node 0 (alpha); cpu", "take that node"),
+        ({"versions": {**GOOD.versions, "device": "cpu"}}, "device differs: cuda on node 0 (alpha); cpu", "nvidia-smi"),
         ({"config_sha256": "e" * 64}, "configuration differs", "the same file and the same overrides"),
         ({"data_sha256": "e" * 64}, "manifest of the shards differs", "copy the shards again"),
         ({"problems": ["the disk is full; free some"]}, "node 1 (beta): the disk is full", "free some"),
