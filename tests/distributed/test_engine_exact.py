@@ -6,11 +6,13 @@ batch that it is in, and single small tensors drift; whole groups of tensors are
 """
 
 import math
+import shutil
 from itertools import chain
 
 import pytest
 import torch
 
+from aroface.errors import CheckpointError
 from launch.training_evaluators import open_evaluators
 from shards.synthetic import write_synthetic
 from tests.helpers.ranks import run_on_ranks
@@ -209,6 +211,16 @@ def test_two_ranks_with_zero_2_go_on_elsewhere(half_run, tmp_path, ranks, stage)
             sample for row in zip(*(result.delivered[step] for result in results), strict=True) for sample in row
         ]
         assert in_order == whole.delivered[3 + step]
+
+
+def test_the_same_directory_goes_on_at_another_number_of_ranks(half_run, tmp_path):
+    """With the micro-batch that one rank has room for; AdaFace moves its statistics with every one of them."""
+    run = shutil.copytree(half_run, tmp_path / "run")
+    result = train(run, *ELASTIC, "engine.zero_stage=0", "batch.micro_batch=4")
+    whole = train(tmp_path / "whole", *ELASTIC, "engine.zero_stage=0")
+    assert result.losses[-3:] == pytest.approx(whole.losses[3:], rel=1e-3)
+    with pytest.raises(CheckpointError, match="batch.global_batch: 12 -> 24"):
+        train(run, *ELASTIC, "batch.global_batch=24")
 
 
 def delayed_half(rank, ranks, run):
