@@ -114,10 +114,13 @@ def _describe(directory: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> None:
-    from aroface.engine.checkpoint_layout import verify_checkpoint
+    from aroface.engine.checkpoint_layout import torn_saves, verify_checkpoint
 
-    wrong = []
+    wrong, torn = [], set(torn_saves(path))
     for directory in _checkpoints(path):
+        if directory in torn:
+            print(f"{directory}: no checkpoint: a save that is under way or was cut short")
+            continue
         try:
             verify_checkpoint(directory)
             print(f"{directory}: whole")

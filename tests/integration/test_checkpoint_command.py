@@ -66,8 +66,11 @@ def test_the_model_file_of_a_trained_run_embeds_by_itself(run, drawn_faces, tmp_
 
 
 def test_verify_names_what_is_damaged(run, capsys):
+    (run / ".step-00000008.tmp").mkdir()
     assert main(["checkpoint", "verify", str(run)]) == 0
-    assert capsys.readouterr().out.count(": whole") == 3
+    printed = capsys.readouterr().out
+    assert printed.count(": whole") == 3
+    assert ".step-00000008.tmp: no checkpoint: a save that is under way or was cut short" in printed
     path = run / "step-00000004" / "optimizer.safetensors"
     data = flip_a_bit(path)
     assert main(["checkpoint", "verify", str(run)]) == 2
