@@ -1,13 +1,17 @@
 """Collectives that are also right with one process and no process group."""
 
+import datetime
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from aroface.errors import ArofaceError
 
 __all__ = [
     "all_gather_rows",
@@ -15,12 +19,17 @@ __all__ = [
     "any_rank",
     "any_rank_each",
     "barrier",
+    "from_first_rank",
     "is_distributed",
+    "limit_waiting",
     "peer_failure",
     "rank",
     "share_out",
     "world_size",
 ]
+
+
+_T = TypeVar("_T")
 
 
 def is_distributed() -> bool:
@@ -102,6 +111,30 @@ def peer_failure(error: BaseException) -> bool:
     )
 
 
+def from_first_rank(choose: Callable[[], _T]) -> _T:
+    """What `choose` gives on rank 0, on all ranks; an ArofaceError that it raises there is raised on all. A collective.
+
+    The answer travels by pickle, among processes of one job.
+    """
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = choose()
+        except ArofaceError as error:
+            answer[1] = error
+    if is_distributed():
+        distributed.broadcast_object_list(answer, src=0, device=_collective_device())
+    if answer[1] is not None:
+        raise answer[1]
+    chosen: _T = answer[0]
+    return chosen
+
+
+def limit_waiting(group: ProcessGroup, timeout_s: float) -> None:
+    """Let collectives of a group that somebody else has made wait for other ranks no longer than this."""
+    distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if is_distributed():
@@ -136,6 +169,7 @@ class _AllGatherRows(torch.autograd.Function):
         rows = len(total) // distributed.get_world_size()
         mine = total.new_empty((rows, *total.shape[1:]))
         if distributed.get_backend() == "gloo":  # gloo has no reduce_scatter for every build
+            total = total.clone()  # autograd may have handed this gradient to others as well
             distributed.all_reduce(total)
             mine.copy_(total[distributed.get_rank() * rows :][:rows])
         else:

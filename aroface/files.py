@@ -11,9 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aroface.errors import DataError
+from aroface.errors import ArofaceError, DataError
 
-__all__ = ["atomic_path", "fsync_directory", "new_directory", "read_json", "sha256_of", "write_csv", "write_json"]
+__all__ = [
+    "atomic_path",
+    "fsync_directory",
+    "new_directory",
+    "read_json",
+    "sha256_of",
+    "write_csv",
+    "write_json",
+    "writing",
+]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -37,6 +46,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what a full or broken disk kept from being written.
+
+    Raises:
+        ArofaceError: instead of any OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ArofaceError(
+            f"{path} cannot be written: {error}. Free space or mend the disk, and give the same command again."
+        ) from error
 
 
 def fsync_directory(path: Path) -> None:

@@ -2,7 +2,8 @@
 
 PATH is a run directory, or one of its step-NNNNNNNN directories where that makes sense. `verify` reads every byte and
 exits with 2 where something does not have its checksum. `prune` deletes all but the newest checkpoints, those of every
-n-th step, and the best one; it deletes nothing that is not whole, and says what it would do with --dry-run.
+n-th step, and the best one. It first reads every byte of the newest: a damaged one is named, stays, and does not count.
+It says what it would do with --dry-run.
 """
 
 import argparse
@@ -113,10 +114,13 @@ def _describe(directory: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> None:
-    from aroface.engine.checkpoint_layout import verify_checkpoint
+    from aroface.engine.checkpoint_layout import torn_saves, verify_checkpoint
 
-    wrong = []
+    wrong, torn = [], set(torn_saves(path))
     for directory in _checkpoints(path):
+        if directory in torn:
+            print(f"{directory}: no checkpoint: a save that is under way or was cut short")
+            continue
         try:
             verify_checkpoint(directory)
             print(f"{directory}: whole")
@@ -127,6 +131,17 @@ def _verify(path: Path) -> None:
         raise CheckpointError(f"{len(wrong)} damaged, which no command reads:\n  " + "\n  ".join(wrong))
 
 
+def _is_good(directory: Path) -> bool:
+    from aroface.engine.checkpoint_layout import verify_checkpoint
+
+    try:
+        verify_checkpoint(directory)
+    except CheckpointError as error:
+        print(f"{directory}: DAMAGED, stays, and is not counted: {error}")
+        return False
+    return True
+
+
 def _prune(args: argparse.Namespace) -> None:
     from aroface.engine.best import read_best
     from aroface.engine.checkpoint_layout import list_checkpoints, prune
@@ -134,7 +149,14 @@ def _prune(args: argparse.Namespace) -> None:
     if not list_checkpoints(args.path):
         raise CheckpointError(f"{args.path} holds no checkpoints; give a run directory.")
     best = read_best(args.path)
-    doomed = prune(args.path, keep_last=args.keep_last, keep_every=args.keep_every, best=best, is_dry=args.dry_run)
+    doomed = prune(
+        args.path,
+        keep_last=args.keep_last,
+        keep_every=args.keep_every,
+        best=best,
+        is_dry=args.dry_run,
+        is_good=_is_good,
+    )
     for directory in doomed:
         print(f"{'would delete' if args.dry_run else 'deleted'} {directory}")
     kept = len(list_checkpoints(args.path)) - (len(doomed) if args.dry_run else 0)

@@ -1,5 +1,6 @@
 """The state of a run into memory, for a checkpoint in the canonical layout, and back, at any number of ranks."""
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -71,19 +72,19 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the code, `-dirty` when changed, `unknown` outside of a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    """Commit of the code, `-dirty-` and a hash of the changes where there are some; `unknown` without a checkout."""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        commit = _git("describe", "--always", "--dirty", "--abbrev=40").decode().strip()
+        if commit.endswith("-dirty"):
+            commit += "-" + hashlib.sha256(_git("diff", "--binary", "HEAD")).hexdigest()[:12]
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return result.stdout.strip()
+    return commit
+
+
+def _git(*words: str) -> bytes:
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=20, check=True).stdout
 
 
 class TensorFile(NamedTuple):

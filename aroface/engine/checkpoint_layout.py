@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,13 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 
 
 def prune(
-    run: Path, *, keep_last: int, keep_every: int | None = None, best: Best | None = None, is_dry: bool = False
+    run: Path,
+    *,
+    keep_last: int,
+    keep_every: int | None = None,
+    best: Best | None = None,
+    is_dry: bool = False,
+    is_good: Callable[[Path], bool] = lambda _: True,
 ) -> list[Path]:
     """Delete all but the newest `keep_last` whole checkpoints; returns what was (or, dry, would be) deleted.
 
@@ -268,15 +274,26 @@ def prune(
         keep_every: checkpoints of steps divisible by this stay whatever their age.
         best: its checkpoint stays too.
         is_dry: delete nothing.
+        is_good: checkpoints that are not do not count as kept; asked of the newest ones, until enough are good.
     """
     whole = [path for path in list_checkpoints(run) if (path / _COMPLETE_FILE).is_file()]
     kept = {best.step} if best is not None else set()
     doomed = [
         path
-        for path in whole[:-keep_last]
+        for path in whole[: _newest_good(whole, keep_last, is_good)]
         if step_of(path) not in kept and (keep_every is None or step_of(path) % keep_every)
     ]
     for path in [] if is_dry else doomed:
         (path / _COMPLETE_FILE).unlink()  # from here on it is no checkpoint, whenever the deletion is cut short
         shutil.rmtree(path)
     return doomed
+
+
+def _newest_good(whole: Sequence[Path], count: int, is_good: Callable[[Path], bool]) -> int:
+    """Index of the oldest of the newest `count` good ones; 0 where there are fewer."""
+    found = 0
+    for index in reversed(range(len(whole))):
+        found += is_good(whole[index])
+        if found == count:
+            return index
+    return 0

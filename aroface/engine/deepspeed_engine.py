@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from aroface.config.schema import TrainConfig
-from aroface.distributed import all_reduce
+from aroface.distributed import all_reduce, limit_waiting
 from aroface.engine.deepspeed_settings import deepspeed_settings
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ConfigError
@@ -124,6 +124,8 @@ class BackboneEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
+        # DeepSpeed sends through a copy of the process group, which it gives PyTorch's own time limit.
+        limit_waiting(deepspeed.utils.groups._clone_world_group(), config.engine.timeout_s)
         self._sgd = optimizer
         # A zero momentum equals none, and unlike none it can be saved and set before the first step.
         for parameter in self._stepped():

@@ -2,8 +2,11 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from aroface.config.evaluate import EvaluateConfig
 from aroface.engine.best import Best
@@ -25,6 +28,19 @@ class EvaluationLine:
     elapsed_s: float
 
 
+class _Telling:
+    """An embedder that tells after every batch that it is alive."""
+
+    def __init__(self, embedder: Embedder, tell: Callable[[], None]) -> None:
+        self._embedder, self._tell = embedder, tell
+        self.contract, self.embedding_dim, self.model_id = embedder.contract, embedder.embedding_dim, embedder.model_id
+
+    def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        embeddings = self._embedder.embed(images)
+        self._tell()
+        return embeddings
+
+
 class PeriodicEvaluation:
     """Runs the evaluators and remembers the best.
 
@@ -41,8 +57,16 @@ class PeriodicEvaluation:
         """Whether the model is evaluated after `step`."""
         return is_last or step % self._config.every_steps == 0
 
-    def run(self, embedder: Embedder, *, step: int, samples: int) -> list[EvaluationLine]:
+    def run(
+        self, embedder: Embedder, *, step: int, samples: int, on_progress: Callable[[], None] = lambda: None
+    ) -> list[EvaluationLine]:
         """Evaluate on all sets; a collective. `best` is the new one afterwards where this is it.
+
+        Args:
+            embedder: the model.
+            step: optimiser steps taken.
+            samples: images seen.
+            on_progress: called after every batch of images and after every set.
 
         Raises:
             ConfigError: `evaluate.best` names a number that its set does not give.
@@ -50,7 +74,8 @@ class PeriodicEvaluation:
         lines = []
         for evaluator in self._evaluators:
             started = time.perf_counter()
-            metrics = evaluator.evaluate(embedder)
+            metrics = evaluator.evaluate(_Telling(embedder, on_progress))
+            on_progress()
             is_best = self._is_best(evaluator.name, metrics, step)
             elapsed_s = round(time.perf_counter() - started, 3)
             lines.append(EvaluationLine(step, samples, evaluator.name, metrics, is_best, elapsed_s))

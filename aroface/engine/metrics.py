@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aroface.engine.evaluation import EvaluationLine
+from aroface.files import atomic_path, writing
 
 __all__ = ["METRICS_FILE", "MetricsLine", "MetricsLog", "Meter", "TrainingProgress", "peak_memory_gib"]
 
@@ -54,7 +55,8 @@ class MetricsLog:
         self._path = run / METRICS_FILE
         if self._path.is_file():
             kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            with atomic_path(self._path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -64,26 +66,29 @@ class MetricsLog:
     def write(self, line: MetricsLine) -> None:
         """Append one line."""
         values = asdict(line)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
-        if self._board is not None:
-            for key, value in values.items():
-                if value is not None and key not in {"step", "samples"}:
-                    self._board.add_scalar(key, value, line.step)
+        self._append(values, {key: value for key, value in values.items() if key not in {"step", "samples"}}, line.step)
 
     def write_evaluation(self, line: EvaluationLine) -> None:
         """Append what one set gave; to be told from the other lines by its key `evaluation`."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
-        if self._board is not None:
-            for key, value in line.metrics.items():
+        curves = {f"{line.evaluation}/{key}": value for key, value in line.metrics.items()}
+        self._append(asdict(line), curves, line.step)
+
+    def _append(self, values: Mapping[str, Any], curves: Mapping[str, float | None], step: int) -> None:
+        with writing(self._path):
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
+            for key, value in curves.items() if self._board is not None else ():
                 if value is not None:
-                    self._board.add_scalar(f"{line.evaluation}/{key}", value, line.step)
+                    self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
-        if self._board is not None:
+        """Flush TensorBoard. A disk that fails now does not hide the error that training ended with."""
+        if self._board is None:
+            return
+        try:
             self._board.close()
+        except OSError as error:
+            logger.warning("The last TensorBoard events could not be written: %s.", error)
 
 
 def _step(line: str) -> float:

@@ -19,12 +19,14 @@ DEEPSPEED_FILE = "deepspeed.json"
 #: Sections that may change between a run and its continuation, because they do not change the result.
 _FREE_SECTIONS = frozenset({"engine", "checkpoint", "log", "evaluate"})
 _BOUND_KEYS = frozenset({"engine.precision", "engine.batch_norm"})
+#: Follows the number of ranks, which may change; batch.global_batch stays.
+_FREE_KEYS = frozenset({"batch.micro_batch"})
 
 logger = logging.getLogger(__name__)
 
 
 def choose_checkpoint(run: Path, config: TrainConfig, resume: Literal["auto", "never"] | Path) -> Path | None:
-    """The checkpoint to continue from, None to start afresh. Reads only, so every rank may ask before one writes.
+    """The checkpoint to continue from, None to start afresh. It hashes all of it: one rank asks for all.
 
     Raises:
         CheckpointError: `never` on a directory that holds a run, a path without a checkpoint, only damaged checkpoints,
@@ -85,13 +87,17 @@ def _check_same(stored: Path, config: TrainConfig) -> None:
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and (key in _BOUND_KEYS or key.split(".")[0] not in _FREE_SECTIONS)
+        if before.get(key) != now.get(key) and _is_bound(key)
     ]
     if changed:
         raise CheckpointError(
             f"{stored.parent} holds a run with another configuration ({'; '.join(changed)}). "
             "Name another --run, or repeat the settings of that run to continue it."
         )
+
+
+def _is_bound(key: str) -> bool:
+    return key in _BOUND_KEYS or (key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ COMPLETE and renames. Errors come up in the training thread, on all ranks, at th
 """
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -36,6 +37,8 @@ from aroface.files import fsync_directory, read_json, sha256_of, write_json
 __all__ = ["CheckpointSaver", "write_snapshot"]
 
 _POLL_S = 0.02
+#: For a save that was told to end; one that hangs in a write is left behind, and dies with the process.
+_LAST_WAIT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +51,20 @@ class CheckpointSaver:
         config: what is kept, and whether training waits.
         rank: of this process.
         on_wait: called again and again while training waits for a disk.
+        patience_s: seconds that training waits for a disk at most, before all ranks give up.
     """
 
     def __init__(
-        self, run: Path, config: CheckpointConfig, *, rank: int, on_wait: Callable[[], None] = lambda: None
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        *,
+        rank: int,
+        on_wait: Callable[[], None] = lambda: None,
+        patience_s: float = math.inf,
     ) -> None:
-        self._run, self._config, self._rank, self._on_wait = run, config, rank, on_wait
+        self._run, self._config, self._rank = run, config, rank
+        self._on_wait, self._patience_s = on_wait, patience_s
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
         self._error: Exception | None = None
@@ -82,7 +93,7 @@ class CheckpointSaver:
             except OSError as error:
                 self._error = error
         self._meet()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
         if not self._config.background:
             self.settle()
@@ -91,21 +102,29 @@ class CheckpointSaver:
         """Wait until the save that is under way is on disk, on all ranks; a collective.
 
         Raises:
-            CheckpointError: it failed on some rank.
+            CheckpointError: it failed on some rank, or took longer than the patience there is.
         """
-        while self._meet():
+        end = time.monotonic() + self._patience_s
+        while self._meet(is_late=time.monotonic() > end):
             self._on_wait()
             time.sleep(_POLL_S)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _meet(self) -> bool:
+    def _meet(self, *, is_late: bool = False) -> bool:
         """Whether some rank still writes. A wait in small collectives: a slow disk is no hung rank."""
         is_busy = self._is_busy  # asked first: a thread that ends in between has left its error
-        is_some_busy, has_failed = any_rank_each([is_busy, self.has_failed])
+        is_some_busy, has_failed, is_too_late = any_rank_each([is_busy, self.has_failed, is_busy and is_late])
         if has_failed:
             self.fail()
+        if is_too_late:
+            self._cancelled.set()
+            raise CheckpointError(
+                f"Saving step {self._step} to {self._run} did not end within {self._patience_s:g} s "
+                "(4 x engine.timeout_s) on some rank; its disk or file system hangs. Older checkpoints were not "
+                "touched. Mend it, and give the same command again; raise engine.timeout_s if a save may take so long."
+            )
         return is_some_busy
 
     def close(self, *, patience_s: float) -> None:
@@ -114,7 +133,9 @@ class CheckpointSaver:
             return
         self._thread.join(patience_s)
         self._cancelled.set()
-        self._thread.join()
+        self._thread.join(_LAST_WAIT_S)
+        if self._is_busy:
+            logger.warning("The checkpoint of step %d is given up: its disk hangs.", self._step)
 
     def fail(self) -> None:
         """Give up after a failed save on some rank; called on all ranks.
@@ -124,8 +145,8 @@ class CheckpointSaver:
         """
         self._cancelled.set()
         if self._thread is not None:
-            self._thread.join()
-        if self._rank == 0:
+            self._thread.join(_LAST_WAIT_S)
+        if self._rank == 0 and not self._is_busy:
             shutil.rmtree(temporary_directory(self._run, self._step), ignore_errors=True)
         whole = list_checkpoints(self._run)
         kept = f"{whole[-1].name} is as it was" if whole else "there is no older one"

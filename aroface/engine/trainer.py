@@ -12,7 +12,15 @@ from typing import Literal
 import torch
 
 from aroface.config.schema import TrainConfig
-from aroface.distributed import any_rank_each, barrier, peer_failure, rank, world_size
+from aroface.distributed import (
+    any_rank,
+    any_rank_each,
+    barrier,
+    from_first_rank,
+    peer_failure,
+    rank,
+    world_size,
+)
 from aroface.engine.best import Best, write_best
 from aroface.engine.checkpoint import (
     RunPosition,
@@ -22,11 +30,12 @@ from aroface.engine.checkpoint import (
     restore_optimizers,
     take_snapshot,
 )
-from aroface.engine.checkpoint_layout import read_state, remove_torn
+from aroface.engine.checkpoint_layout import STATE_FILE, read_state, remove_torn
 from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
 from aroface.engine.evaluation import PeriodicEvaluation
 from aroface.engine.joint_update import JointUpdate, NonFiniteError
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
+from aroface.engine.peers import LostRanksError, lost_while_training, start_up_faults
 from aroface.engine.prefetch import on_device
 from aroface.engine.run_directory import choose_checkpoint, record_run
 from aroface.engine.saver import CheckpointSaver
@@ -34,7 +43,8 @@ from aroface.engine.schedule import accumulation_steps, learning_rate, total_ste
 from aroface.engine.seeding import derive_seed
 from aroface.engine.task import FaceTask, contract_of
 from aroface.engine.watchdog import Watchdog
-from aroface.errors import ArofaceError
+from aroface.errors import ArofaceError, CheckpointError
+from aroface.files import writing
 from aroface.heads import HeadSGD, build_head
 from aroface.inference import TorchEmbedder, TrainedModel
 from aroface.models import build_backbone
@@ -48,10 +58,6 @@ Resume = Literal["auto", "never"] | Path
 _PATIENCE_S = 60.0
 
 logger = logging.getLogger(__name__)
-
-
-class LostRanksError(ArofaceError):
-    """Another rank is gone or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Trainer:
         CheckpointError: nothing to resume at a path, or a checkpoint of another run.
     """
 
+    @start_up_faults()
     def __init__(
         self,
         config: TrainConfig,
@@ -100,14 +107,21 @@ class Trainer:
         self._micro_batch = config.batch.global_batch // (self._accumulation * self._world)
         self.total_steps = total_steps(config, data.num_samples)
         self._overrides = tuple(overrides)
-        directory = choose_checkpoint(run, config, resume)
+        directory = from_first_rank(lambda: choose_checkpoint(run, config, resume))
+        _check_seen(directory)
         self._build(directory)
         self._earlier_best = _best_of(directory, run)
         self._evaluation = (
             PeriodicEvaluation(config.evaluate, evaluators, best=self._earlier_best) if config.evaluate else None
         )
         self._watchdog = Watchdog(2 * config.engine.timeout_s)
-        self._saver = CheckpointSaver(run, config.checkpoint, rank=self._rank, on_wait=self._watchdog.beat)
+        self._saver = CheckpointSaver(
+            run,
+            config.checkpoint,
+            rank=self._rank,
+            on_wait=self._watchdog.beat,
+            patience_s=4 * config.engine.timeout_s,
+        )
         barrier()  # every rank has looked at the run directory before rank 0 writes there
         self._stop_requested = False
 
@@ -115,7 +129,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "backbone weights"))
         backbone = build_backbone(config.model)
-        source = directory or initial_checkpoint(config)
+        source = directory or from_first_rank(lambda: initial_checkpoint(config))
         if source:
             load_backbone(source, backbone)
             logger.info("The weights are those of %s.", source)
@@ -160,6 +174,7 @@ class Trainer:
             f"{self._world} rank(s) = global batch {config.batch.global_batch}; peak learning rate {config.peak_lr:.4g}"
         )
 
+    @start_up_faults()
     def check(self) -> float:
         """Two micro-batches through the whole task without an update, and every evaluation; returns the second loss."""
         loss = math.nan
@@ -179,10 +194,11 @@ class Trainer:
         config = self.config
         log = None
         if self._rank == 0:
-            record_run(self._run, config, deepspeed=self._engine.settings, overrides=self._overrides)
-            remove_torn(self._run)
-            write_best(self._run, self._best)
-            log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
+            with writing(self._run):
+                record_run(self._run, config, deepspeed=self._engine.settings, overrides=self._overrides)
+                remove_torn(self._run)
+                write_best(self._run, self._best)
+                log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
         try:
             with ExitStack() as stack:
@@ -195,20 +211,12 @@ class Trainer:
                 return self._loop(log, progress)
         except RuntimeError as error:
             if peer_failure(error):
-                raise self._lost_ranks(error) from error
+                raise lost_while_training(error, self.position.step, config.engine.timeout_s) from error
             raise
         finally:
             self._saver.close(patience_s=min(_PATIENCE_S, config.engine.timeout_s))
             if log:
                 log.close()
-
-    def _lost_ranks(self, error: RuntimeError) -> LostRanksError:
-        reason = " ".join(str(error).split())[:200]
-        return LostRanksError(
-            f"Rank {self._rank} lost the other ranks after step {self.position.step} ({reason}). One of them ended, or "
-            f"did not answer for engine.timeout_s = {self.config.engine.timeout_s:g} s; look at its own messages. The "
-            "newest checkpoint is good: give the same command again to continue."
-        )
 
     def request_stop(self) -> None:
         """Let `train` finish its step, save and return, on all ranks; a signal handler may call it, on any of them."""
@@ -305,14 +313,15 @@ class Trainer:
         evaluation, step = self._evaluation, self.position.step
         if evaluation is None or not evaluation.is_due(step, is_last=is_last):
             return False
-        lines = evaluation.run(self._embedder(), step=step, samples=self.position.samples_seen)
-        self._watchdog.beat()
+        lines = evaluation.run(
+            self._embedder(), step=step, samples=self.position.samples_seen, on_progress=self._watchdog.beat
+        )
         for line in lines if log else []:
             assert log is not None  # noqa: S101 - the loop is empty otherwise
             log.write_evaluation(line)
             shown = ", ".join(f"{key} {value:.4f}" for key, value in line.metrics.items() if value is not None)
             logger.info("step %6d  %s: %s%s", step, line.evaluation, shown, "  (best so far)" if line.is_best else "")
-        return any(line.is_best for line in lines)
+        return from_first_rank(lambda: any(line.is_best for line in lines))
 
     def _embedder(self) -> TorchEmbedder:
         """The model as it would be saved now, as a copy of its own on every rank; training does not notice."""
@@ -336,6 +345,13 @@ class Trainer:
             best=self._best,
         )
         self._saver.start(snapshot)
+
+
+def _check_seen(directory: Path | None) -> None:
+    if any_rank(directory is not None and not (directory / STATE_FILE).is_file()):
+        raise CheckpointError(
+            f"{directory} is not seen by every rank. Put the run directory on storage that all nodes share."
+        )
 
 
 def _best_of(checkpoint: Path | None, run: Path) -> Best | None:

@@ -35,16 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=float, default=0.25, metavar="W", help="factor on its channels (%(default)s)")
     parser.add_argument("--image-size", type=positive, default=56, metavar="PX", help="side (%(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images per rank (%(default)s)")
-    parser.add_argument("--stages", default="0,1,2,3", metavar="S,..", help="ZeRO stages (%(default)s)")
+    parser.add_argument("--stages", type=_stages, default="0,1,2,3", metavar="S,..", help="ZeRO (%(default)s)")
     parser.add_argument("--steps", type=positive, default=5, metavar="N", help="per round (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
+def _stages(text: str) -> list[int]:
+    parts = text.split(",")
+    if not set(parts) <= {"0", "1", "2", "3"}:
+        raise argparse.ArgumentTypeError(f"{text!r} names no ZeRO stages; write some of 0,1,2,3, such as 0,2")
+    return [int(part) for part in parts]
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "entry", "stages")}
-    settings |= {"stages": [int(stage) for stage in args.stages.split(",")], "classes": _CLASSES}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "entry")}
+    settings |= {"classes": _CLASSES}
     report = Report("engine", ("torch", "deepspeed"), settings)
     found, parameters = _measure(settings)
     ddp = found[0]

@@ -17,8 +17,12 @@ _EXAMPLE = "Write one `HOSTNAME slots=GPUS` a line, as in launch/hostfile.exampl
 class Host:
     """One node."""
 
-    name: str  #: host name or address
+    name: str  #: host name or address; empty where only the node itself knows it
     slots: int  #: ranks that it runs, one per GPU
+
+    def label(self, node_rank: int) -> str:
+        """What messages call it."""
+        return f"node {node_rank} ({self.name})" if self.name else f"node {node_rank}"
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:

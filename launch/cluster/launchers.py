@@ -128,7 +128,7 @@ class NodeLauncher:
     def commands(self) -> list[tuple[str, Command]]:
         """The check and the training of every node."""
         return [
-            (f"{what}, on node {rank} ({host.name})", command)
+            (f"{what}, on {host.label(rank)}", command)
             for rank, host in enumerate(self._job.hosts)
             for what, command in (
                 ("check", self._check(rank)),
@@ -258,7 +258,7 @@ def _hosts(args: argparse.Namespace, kind: str, environment: Mapping[str, str]) 
         )
     slots = args.gpus_per_node or _gpus_here()
     first = args.master_addr or "127.0.0.1"
-    return (Host(first, slots), *(Host(f"node-{rank}", slots) for rank in range(1, nodes)))
+    return (Host(first, slots), *([Host("", slots)] * (nodes - 1)))
 
 
 def _gpus_here() -> int:

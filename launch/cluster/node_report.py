@@ -16,6 +16,11 @@ from aroface.errors import ArofaceError
 
 __all__ = ["NodeReport", "disagreements", "examine_node"]
 
+_ADVICE = {
+    "commit": "check out the same commit",
+    "device": "look why PyTorch finds no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES), or take that node out",
+}
+
 
 @dataclass(frozen=True)
 class NodeReport:
@@ -23,7 +28,7 @@ class NodeReport:
 
     node_rank: int
     host: str
-    versions: dict[str, str] = field(default_factory=dict)  #: python, packages, commit
+    versions: dict[str, str] = field(default_factory=dict)  #: python, packages, commit, kind of device
     config_sha256: str = ""
     data_sha256: str = ""  #: fingerprint of the manifest
     num_classes: int = 0
@@ -90,10 +95,16 @@ def _versions(problems: list[str]) -> dict[str, str]:
     from aroface.engine.checkpoint import git_commit, versions
 
     try:
-        return {**versions(), "commit": git_commit()}
+        return {**versions(), "commit": git_commit(), "device": _device()}
     except PackageNotFoundError as error:
         problems.append(f"the package {error.name} is not installed; run make setup on this node")
         return {}
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_devices(slots: int, problems: list[str]) -> None:
@@ -142,7 +153,7 @@ def disagreements(reports: Sequence[NodeReport]) -> list[str]:
     found = [f"{_name(report)}: {problem}" for report in reports for problem in report.problems]
     keys = sorted({key for report in reports for key in report.versions})
     for key in keys:
-        advice = "check out the same commit" if key == "commit" else "install the same version"
+        advice = _ADVICE.get(key, "install the same version")
         found += _different(reports, key, [report.versions.get(key, "") for report in reports], advice)
     found += _different(
         reports,

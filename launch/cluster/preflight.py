@@ -57,7 +57,7 @@ def preflight(
             run,
             node_rank=node_rank,
             slots=[host.slots for host in hosts],
-            names=[master_addr, *(host.name for host in hosts)],
+            names=[master_addr, *(host.name for host in hosts if host.name)],
         )
         if not _appears(marker):
             report.problems.append(
@@ -153,7 +153,7 @@ def _collect(store: "TCPStore", hosts: Sequence[Host], timeout_s: float) -> list
         try:
             store.wait([f"report/{rank}"], wait)
         except RuntimeError:
-            missing.append(f"node {rank} ({host.name})")
+            missing.append(host.label(rank))
             continue
         reports.append(NodeReport.load(store.get(f"report/{rank}").decode()))
     if missing:
@@ -181,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--hosts", required=True, help="NAME:RANKS,NAME:RANKS,... in the order of the nodes")
+    parser.add_argument(
+        "--hosts", required=True, help="NAME:RANKS,NAME:RANKS,... in the order of the nodes; a NAME may be empty"
+    )
     parser.add_argument("--master-addr", required=True)
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("--node-rank", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))

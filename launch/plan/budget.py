@@ -127,7 +127,7 @@ def _backbone_state(work: Workload) -> tuple[float, float, float, float]:
     # One buffer for each precision that gradients are sent in, whatever the size of the backbone: with autocast, norms
     # go in fp32 and convolutions in the low precision, whose buffer is fp32 as well up to stage 2.
     bucket = float(_FP32 * work.bucket_numbers)
-    is_mixed = work.precision != "fp32"
+    is_mixed = work.precision == "bf16"  # fp16 is the engine's own autocast: DeepSpeed sees fp32 alone
     match work.zero_stage:
         case 0:
             return whole, whole, whole, min(whole, float(_FP32 * _ALLREDUCE_NUMBERS))  # copies, to be reduced together
@@ -144,8 +144,8 @@ def _backbone_state(work: Workload) -> tuple[float, float, float, float]:
 def communication(work: Workload) -> Communication:
     """Collectives of a step, as DeepSpeed 0.19 and the head make them."""
     whole = float(_FP32 * work.backbone.parameters)
-    # Under ZeRO with autocast, DeepSpeed reduces in the low precision; without ZeRO in fp32.
-    reduced = whole / 2 if work.precision != "fp32" and work.zero_stage > 0 else whole
+    # Under ZeRO with its autocast to bf16, DeepSpeed reduces in the low precision; without ZeRO in fp32.
+    reduced = whole / 2 if work.precision == "bf16" and work.zero_stage > 0 else whole
     every_micro = work.accumulation if work.zero_stage >= 2 else 1
     backbone: tuple[Exchange, ...]
     match work.zero_stage:
@@ -162,12 +162,13 @@ def communication(work: Workload) -> Communication:
                 Exchange("gradients", "reduce_scatter", reduced, every_micro),
                 Exchange("weights", "all_gather", reduced, 2 * work.accumulation),  # for forward and backward pass
             )
-    passes = work.accumulation * (1 + work.attack_passes)
+    backward = work.accumulation * (1 + work.attack_passes)
+    forward = backward + work.accumulation * work.forward_passes
     rows = float(_FP32 * work.gathered * (work.embedding_dim + 1))
     head = (
-        Exchange("embeddings and labels", "all_gather", rows, passes),
-        Exchange("terms of the softmax", "all_reduce", 16.0 * work.gathered, passes),
-        Exchange("gradient of the embeddings", "reduce_scatter", rows, passes),
+        Exchange("embeddings and labels", "all_gather", rows, forward),
+        Exchange("terms of the softmax", "all_reduce", 16.0 * work.gathered, forward),
+        Exchange("gradient of the embeddings", "reduce_scatter", rows, backward),
     )
     return Communication(backbone, head)
 
@@ -175,7 +176,8 @@ def communication(work: Workload) -> Communication:
 def step_time(work: Workload, gpu: Gpu, efficiency: Efficiency) -> StepTime:
     """Time of a step from arithmetic, memory traffic of the head, and links."""
     images = work.micro_batch * work.accumulation
-    flop = work.backbone.training_flop + 2 * work.attack_passes * work.backbone.forward_flop
+    extra = 2 * work.attack_passes + work.forward_passes + work.backbone_passes
+    flop = work.backbone.training_flop + extra * work.backbone.forward_flop
     peak = gpu.fp32_flop_per_s if work.precision == "fp32" else gpu.bf16_flop_per_s
     exchanges = communication(work)
     times = [
@@ -193,13 +195,13 @@ def step_time(work: Workload, gpu: Gpu, efficiency: Efficiency) -> StepTime:
 def head_flop(work: Workload) -> float:
     """Arithmetic of the head in one micro-batch and GPU: logits, again in the backward pass, and two gradients."""
     products = 3 if work.chunk == work.sampled_classes else 4
-    attack = work.attack_passes * (products - 1)  # the centres get no gradient there
+    attack = work.attack_passes * (products - 1) + work.forward_passes  # the centres get no gradient there
     return 2 * (products + attack) * work.gathered * work.sampled_classes * work.embedding_dim
 
 
 def _head_seconds(work: Workload, gpu: Gpu, efficiency: Efficiency) -> float:
     peak = gpu.bf16_flop_per_s if work.logit_precision == "bf16" else gpu.fp32_flop_per_s
-    logits = 6 * _FP32 * work.gathered * work.sampled_classes * (1 + work.attack_passes)
+    logits = 6 * _FP32 * work.gathered * work.sampled_classes * (1 + work.attack_passes + work.forward_passes / 2)
     centres = 12 * _FP32 * work.sampled_classes * work.embedding_dim
     traffic = (logits + centres) / (gpu.memory_bytes_per_s * efficiency.memory)
     return head_flop(work) / (peak * efficiency.head) + traffic

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from aroface.config import TrainConfig
 from aroface.engine.schedule import accumulation_steps
 from launch.plan.backbone import BackboneCounts
+from launch.plan.passes import extra_passes
 
 __all__ = ["Workload", "workload_of"]
 
@@ -30,6 +31,8 @@ class Workload:
     chunk_classes: int
     logit_precision: str
     attack_passes: float  #: k p: further forward and backward passes per image, for their input only
+    forward_passes: float = 0.0  #: further forward passes per image, through backbone and head
+    backbone_passes: float = 0.0  #: further forward passes per image, through the backbone alone
 
     @property
     def global_batch(self) -> int:
@@ -67,7 +70,7 @@ def workload_of(config: TrainConfig, counts: BackboneCounts, *, gpus: int, class
         ConfigError: batch sizes that do not multiply out over `gpus`.
     """
     accumulation = accumulation_steps(config, gpus)
-    alignment = config.alignment
+    extra = extra_passes(config.alignment)
     zero = config.engine.deepspeed_extra.get("zero_optimization", {})
     head = config.head
     return Workload(
@@ -83,5 +86,7 @@ def workload_of(config: TrainConfig, counts: BackboneCounts, *, gpus: int, class
         sample_rate=head.sample_rate,
         chunk_classes=head.chunk_classes or _CHUNK,
         logit_precision=getattr(head, "logit_precision", "fp32"),
-        attack_passes=alignment.share * alignment.steps if alignment.kind == "adversarial" else 0.0,
+        attack_passes=extra.gradient,
+        forward_passes=extra.forward,
+        backbone_passes=extra.backbone,
     )

@@ -1,8 +1,9 @@
 """The class-sharded head on 1, 2 and 3 ranks against float64 on one, every step of a short training.
 
 Tolerances: one step is a handful of float32 sums of at most 17 terms, each right to about 1e-6 of its largest term, so
-losses and gradients agree to 2e-5 of the largest number of a row. Weights add 20 such updates, with a momentum of 0.9
-that multiplies each by up to 10: 2e-4.
+losses and gradients of the first step agree to 2e-5 of the largest number of a row. Every later step starts from
+weights that carry the errors of the steps before, so that it is allowed 2e-5 more with each. Weights add 20 updates,
+with a momentum of 0.9 that multiplies each by up to 10: 2e-4.
 """
 
 import pytest

@@ -11,7 +11,7 @@ from tests.helpers.ranks import run_on_ranks
 CONFIG = Path(__file__).parents[2] / "configs" / "smoke" / "tiny.yaml"
 RANKS = 2
 BUCKET = 3_000_000
-CASES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+CASES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (1, "fp16"), (2, "fp32"), (3, "bf16")]
 #: Collectives of torch.distributed by the kind that a plan knows.
 KINDS = {
     "all_reduce": "all_reduce",

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from aroface.engine.checkpoint_layout import newest_valid
 from shards.pack import PackOptions, pack
 from shards.synthetic import write_synthetic
 from tests.helpers.namespaces import two_nodes
+from tests.helpers.needs import missing
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "smoke" / "tiny.yaml"
@@ -72,7 +74,8 @@ def start_both(nodes, shards, run, hostfile, *options):
 
 def lines(run):
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in found if line.endswith("}")]  # the last one may be half written
 
 
 def wait_for(condition, seconds, processes):
@@ -110,6 +113,26 @@ def test_a_lost_node_ends_the_job_and_the_same_command_goes_on(tmp_path, nodes, 
     )
     assert b"finished" in whole.stdout
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(tmp_path / "whole")]
+
+
+def test_torchrun_trains_on_both_nodes_and_a_cut_cable_ends_the_job(tmp_path, nodes, shards):
+    """No hostfile: the nodes are told the master's address alone. The silent node is waited for no longer than set."""
+    run, overrides = tmp_path / "run", ("schedule.epochs=100000", "engine.timeout_s=10")
+    options = ("--launcher", "torchrun", "--nodes", "2", "--gpus-per-node", "1", "--master-addr", nodes[0].address)
+    logs = [tmp_path / f"torchrun-{rank}.log" for rank in (0, 1)]
+    processes = [
+        start(node, command(shards, run, *options, "--node-rank", str(rank), overrides=overrides), logs[rank])
+        for rank, node in enumerate(nodes)
+    ]
+    wait_for(lambda: len(lines(run)) >= 8, 120, processes)
+    with nodes[1].unplugged():
+        assert processes[0].wait(timeout=120) not in (0, None)
+        nodes[1].kill()
+        processes[1].wait(timeout=60)
+    assert "2 node(s) ready" in logs[0].read_text()
+    assert "engine.timeout_s = 10 s" in logs[0].read_text() or "2 x engine.timeout_s" in logs[0].read_text()
+    assert nodes[0].processes() == []
+    assert newest_valid(run) is not None
 
 
 def check_both(nodes, commands, folder, seconds=90):
@@ -159,13 +182,13 @@ def test_a_run_directory_that_is_not_shared_is_refused(tmp_path, nodes, shards, 
 def ssh(nodes, tmp_path_factory):
     """Options of `aroface launch` that reach the sshd of each node."""
     packages = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client"}
-    missing = [package for program, package in packages.items() if shutil.which(program) is None]
-    if missing:
+    absent = [package for program, package in packages.items() if shutil.which(program) is None]
+    if absent:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False}
         subprocess.run(["apt-get", "update"], timeout=120, **quiet)
-        subprocess.run(["apt-get", "install", "--yes", *missing], timeout=240, **quiet)
+        subprocess.run(["apt-get", "install", "--yes", *absent], timeout=240, **quiet)
         if any(shutil.which(program) is None for program in packages):
-            pytest.skip(f"needs {', '.join(missing)}, which apt-get could not install")
+            missing(f"needs {', '.join(absent)}, which apt-get could not install")
     folder = tmp_path_factory.mktemp("ssh")
     folder.chmod(0o700)
     for name in ("host", "user"):

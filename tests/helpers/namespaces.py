@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from tests.helpers.needs import missing
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,25 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
-    def unplug(self) -> None:
-        """Take the cable out: packets vanish without an error."""
-        subprocess.run(self.words("ip", "link", "set", "eth0", "down"), check=True)
+    @contextlib.contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Inside, the cable is out: packets vanish without an error."""
+        _ip("-n", self.name, "link", "set", "eth0", "down")
+        try:
+            yield
+        finally:
+            _ip("-n", self.name, "link", "set", "eth0", "up")
 
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Make them, and remove them with all that runs on them; skips where that is not permitted."""
+    """Make them, and remove them with all that runs on them; `missing` where that is not permitted."""
     if shutil.which("ip") is None:
-        pytest.skip("needs `ip` of iproute2")
+        missing("needs `ip` of iproute2")
     nodes = tuple(Node(f"aroface-{os.getpid()}-{i}", f"10.77.0.{i + 1}") for i in range(2))
     made = subprocess.run(["ip", "netns", "add", nodes[0].name], capture_output=True, text=True, check=False)
     if made.returncode:
-        pytest.skip(f"network namespaces are not permitted here: {made.stderr.strip()}")
+        missing(f"network namespaces are not permitted here: {made.stderr.strip()}")
     try:
         _ip("netns", "add", nodes[1].name)
         _ip(

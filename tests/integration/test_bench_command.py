@@ -160,6 +160,14 @@ def test_the_engine_is_measured_beside_ddp(tmp_path: Path) -> None:
     assert [figure["limit"] for figure in ratios] == [1.0] * 4
 
 
+@pytest.mark.parametrize("stages", ["7", "a", ""])
+def test_stages_that_do_not_exist_are_refused(stages: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "engine", "--stages", stages])
+    assert ended.value.code == 2
+    assert "names no ZeRO stages" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_step_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from aroface.engine.best import Best, write_best
+from aroface.engine.checkpoint_layout import newest_valid
 from launch.cli import main
 from tests.helpers.training import BATCH, COMPARABLE, train
 
@@ -21,6 +23,13 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    return data
 
 
 def rows(capsys):
@@ -41,13 +50,29 @@ def test_info_tells_what_is_there(run, capsys):
     assert "step-00000006" in capsys.readouterr().out
 
 
+def test_the_model_file_of_a_trained_run_embeds_by_itself(run, drawn_faces, tmp_path):
+    alone = tmp_path / "moved" / "model.safetensors"
+    alone.parent.mkdir()
+    shutil.copy(run / "step-00000006" / "model.safetensors", alone)
+    found = []
+    for model in (run / "step-00000006", run / "step-00000006" / "model.safetensors", alone):
+        out = tmp_path / f"{len(found)}.npz"
+        assert main(["embed", str(model), str(drawn_faces), "--out", str(out), "--threads", "1"]) == 0
+        with np.load(out, allow_pickle=False) as file:
+            found.append(file["embeddings"])
+    assert found[0].shape == (72, 8)
+    assert np.linalg.norm(found[0], axis=1).min() > 0
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
 def test_verify_names_what_is_damaged(run, capsys):
+    (run / ".step-00000008.tmp").mkdir()
     assert main(["checkpoint", "verify", str(run)]) == 0
-    assert capsys.readouterr().out.count(": whole") == 3
+    printed = capsys.readouterr().out
+    assert printed.count(": whole") == 3
+    assert ".step-00000008.tmp: no checkpoint: a save that is under way or was cut short" in printed
     path = run / "step-00000004" / "optimizer.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 4
-    path.write_bytes(data)
+    data = flip_a_bit(path)
     assert main(["checkpoint", "verify", str(run)]) == 2
     captured = capsys.readouterr()
     assert "optimizer.safetensors does not have the checksum it was saved with" in captured.err
@@ -65,6 +90,17 @@ def test_prune_says_then_does(run, capsys):
     assert main(keep) == 0
     assert "2 stay, the best (accuracy on lfw) among them" in capsys.readouterr().out
     assert sorted(path.name for path in run.glob("step-*")) == ["step-00000002", "step-00000006"]
+
+
+def test_prune_does_not_count_a_damaged_checkpoint_as_kept(run, capsys):
+    flip_a_bit(run / "step-00000006" / "optimizer.safetensors")
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert "step-00000006: DAMAGED, stays, and is not counted" in capsys.readouterr().out
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-00000004", "step-00000006"]
+    assert newest_valid(run) == run / "step-00000004"
+    flip_a_bit(run / "step-00000004" / "backbone.safetensors")
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 0
+    assert len(list(run.glob("step-*"))) == 2, "nothing good is left, so nothing is deleted"
 
 
 @pytest.mark.parametrize("action", ["info", "verify", "prune"])

@@ -17,6 +17,7 @@ import pytest
 
 from launch.cli import main
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.needs import missing
 
 KEY = "a-key-of-sixteen-characters"
 
@@ -174,7 +175,7 @@ def browser(tmp_path):
 
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+        missing("needs Chromium and its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     flags = ["headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1100,900"]

@@ -10,12 +10,13 @@ import torch
 from aroface.config.evaluate import EvaluateConfig
 from aroface.contract import InputContract
 from aroface.engine.checkpoint_layout import list_checkpoints
+from aroface.engine.evaluation import PeriodicEvaluation
 from aroface.errors import ConfigError, DataError
 from launch.cli import main
 from launch.training_evaluators import embed_by_turns, open_evaluators
 from shards.faces import open_face_set
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.training import evaluations, train
+from tests.helpers.training import config_of, evaluations, train
 
 METRIC = "rank_1@14px"
 
@@ -27,8 +28,6 @@ def evaluate(faces, *, every=3, best="{set: lq, metric: rank_1@14px}"):
 
 
 def evaluators(faces, **options):
-    from tests.helpers.training import config_of
-
     return open_evaluators(config_of(evaluate(faces, **options)).evaluate)
 
 
@@ -112,6 +111,15 @@ def test_the_best_stays_when_evaluation_is_switched_off_and_stays_behind_in_a_br
     assert (run / "best.json").read_text() == kept
     train(tmp_path / "branch", "schedule.epochs=1.5", resume=run)
     assert not (tmp_path / "branch" / "best.json").exists()
+
+
+def test_every_batch_of_an_evaluation_shows_that_the_rank_is_alive(drawn_faces):
+    config = config_of(evaluate(drawn_faces, every=2), "evaluate.batch_size=10").evaluate
+    beats = []
+    evaluation = PeriodicEvaluation(config, open_evaluators(config), best=None)
+    evaluation.run(MeanColour(), step=2, samples=24, on_progress=lambda: beats.append(1))
+    images = 72  # the second set also has degraded ones
+    assert len(beats) > 2 * images // 10
 
 
 def test_a_metric_that_does_not_exist_is_named(drawn_faces, tmp_path):

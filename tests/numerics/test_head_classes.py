@@ -13,6 +13,7 @@ from aroface.errors import ConfigError
 from aroface.heads import HeadSGD, build_head, class_range
 from aroface.heads.products import cosines_of
 from aroface.heads.softmax import SoftmaxSettings, class_terms, target_cosines
+from launch.plan.backbone import StorageMeter
 
 
 class Holder(BaseModel):
@@ -134,6 +135,22 @@ def test_the_chunk_that_is_chosen_changes_nothing(classes):
         losses.append((loss.detach(), embeddings.grad, head.weight.grad))
     for one, other in zip(*losses, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def peak_beside_the_gradient(images, classes, chunk, **settings):
+    """Bytes of a step at their most, without the gradient of the centres."""
+    head = make_head(classes=classes, chunk_classes=chunk, **settings)
+    embeddings = torch.randn(images, 12, requires_grad=True)
+    with StorageMeter([head.weight, embeddings]) as meter:
+        head(embeddings, torch.arange(images), step=0).backward()
+    return meter.peak - head.gradient().nbytes
+
+
+@pytest.mark.parametrize("settings", [{}, {"logit_precision": "bf16"}])
+def test_memory_follows_the_chunk_and_not_images_times_classes(settings):
+    small, large = (peak_beside_the_gradient(256, classes, 1024, **settings) for classes in (10_240, 40_960))
+    assert small == large
+    assert peak_beside_the_gradient(256, 10_240, 10_240, **settings) > 5 * small
 
 
 @pytest.mark.parametrize(

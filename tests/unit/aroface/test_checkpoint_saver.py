@@ -104,6 +104,25 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch)
         saver.start(snapshot(15))
 
 
+def test_a_disk_that_hangs_is_given_up(tmp_path, monkeypatch, caplog):
+    may_write = threading.Event()
+    monkeypatch.setattr(saver_module, "save_file", _slowly(may_write))
+    monkeypatch.setattr(saver_module, "_LAST_WAIT_S", 0.1)
+    saver = CheckpointSaver(tmp_path, CheckpointConfig(), rank=0, patience_s=0.2)
+    saver.start(snapshot(5))
+    writer = next(thread for thread in threading.enumerate() if thread.name == "checkpoint")
+    try:
+        with pytest.raises(CheckpointError, match=r"step 5 .* did not end within 0.2 s.*file system hangs.*Mend it"):
+            saver.settle()
+        saver.close(patience_s=0.1)
+        assert "step 5 is given up: its disk hangs" in caplog.text
+        assert writer.is_alive()
+        assert writer.daemon, "the process can end nevertheless"
+    finally:
+        may_write.set()
+        writer.join(60)
+
+
 def test_ranks_meet_in_the_directory(tmp_path):
     start_checkpoint(tmp_path, 7)
     first = threading.Thread(target=write_snapshot, args=(snapshot(7, ranks=3), tmp_path, CheckpointConfig()))

@@ -2,11 +2,14 @@
 
 import shutil
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cluster.hosts import Host
 from launch.cluster.node_report import NodeReport, disagreements, examine_node
@@ -16,7 +19,11 @@ from shards.synthetic import write_synthetic
 
 CONFIG = Path(__file__).parents[3] / "configs" / "smoke" / "tiny.yaml"
 GOOD = NodeReport(
-    0, "alpha", {"python": "3.11", "torch": "2.6", "commit": "abc"}, config_sha256="c" * 64, data_sha256="d" * 64
+    0,
+    "alpha",
+    {"python": "3.11", "torch": "2.6", "commit": "abc", "device": "cuda"},
+    config_sha256="c" * 64,
+    data_sha256="d" * 64,
 )
 OTHER = replace(GOOD, node_rank=1, host="beta")
 
@@ -45,6 +52,7 @@ def test_equal_reports_agree_and_survive_the_wire():
     [
         ({"versions": {**GOOD.versions, "torch": "2.7"}}, "torch differs: 2.6 on node 0 (alpha); 2.7", "same version"),
         ({"versions": {**GOOD.versions, "commit": "abd"}}, "commit differs", "check out the same commit"),
+        ({"versions": {**GOOD.versions, "device": "cpu"}}, "device differs: cuda on node 0 (alpha); cpu", "nvidia-smi"),
         ({"config_sha256": "e" * 64}, "configuration differs", "the same file and the same overrides"),
         ({"data_sha256": "e" * 64}, "manifest of the shards differs", "copy the shards again"),
         ({"problems": ["the disk is full; free some"]}, "node 1 (beta): the disk is full", "free some"),
@@ -101,13 +109,28 @@ def test_a_master_that_does_not_answer_is_named(tmp_path, drawn_shards):
         meet(tmp_path / "run", drawn_shards, nodes=2, ranks=(1,), timeout_s=1)
 
 
+def test_torchrun_meets_nodes_whose_names_it_is_not_told(tmp_path, drawn_shards):
+    """The command as it is given on both nodes, up to the training."""
+    words = [sys.executable, "-m", "launch", "launch", str(CONFIG), f"data.shards={drawn_shards}"]
+    words += ["--run", str(tmp_path / "run"), "--launcher", "torchrun", "--nodes", "2", "--gpus-per-node", "1"]
+    words += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--preflight-only"]
+    processes = [
+        subprocess.Popen([*words, "--node-rank", str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    told = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "2 node(s) ready" in told[0]
+
+
 def examine(shards, run, **changes):
     settings = {"node_rank": 0, "slots": [1], "names": ["localhost"]} | changes
     return examine_node(CONFIG, [f"data.shards={shards}"], run, **settings)
 
 
 def test_a_node_tells_what_is_wrong_with_it(tmp_path, drawn_shards, monkeypatch):
-    assert examine(drawn_shards, tmp_path / "run").problems == []
+    good = examine(drawn_shards, tmp_path / "run")
+    assert good.problems == []
+    assert good.versions["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     (problem,) = examine(drawn_shards, tmp_path / "run", names=["no-such-host.invalid"]).problems
     assert "no-such-host.invalid does not resolve here" in problem
     (problem,) = examine(drawn_shards, tmp_path / "run", slots=[8, 8]).problems

@@ -11,6 +11,7 @@ from torch import nn
 
 from aroface.config import TrainConfig, load_config
 from aroface.config.model import IResNetConfig
+from aroface.engine.task import FaceTask
 from aroface.errors import ConfigError
 from aroface.heads import HeadSGD, build_head
 from aroface.models import build_backbone
@@ -19,7 +20,9 @@ from launch.plan.advice import fewest_gpus, remedies
 from launch.plan.backbone import BackboneCounts, StorageMeter, count_backbone
 from launch.plan.budget import Exchange, communication, head_flop, memory, plan, step_time
 from launch.plan.hardware import GPUS, Efficiency
+from launch.plan.passes import extra_passes
 from launch.plan.workload import Workload, workload_of
+from tests.helpers.training import BATCH, COMPARABLE, config_of, train
 
 CONFIG = Path(__file__).parents[3] / "configs" / "smoke" / "tiny.yaml"
 H100 = GPUS["h100"]
@@ -235,9 +238,65 @@ def test_a_configuration_becomes_a_workload():
     config = load_config(CONFIG, TrainConfig, ["batch.micro_batch=2", "alignment.steps=2"])
     work = workload_of(config, R100, gpus=4, classes=100)
     assert (work.micro_batch, work.accumulation, work.global_batch) == (2, 2, 16)
-    assert work.attack_passes == 0.5
+    assert (work.attack_passes, work.forward_passes, work.backbone_passes) == (0.5, 0, 0)
     with pytest.raises(ConfigError, match="Batch sizes disagree.*3 ranks"):
         workload_of(config, R100, gpus=3, classes=100)
+
+
+class CountedTask(FaceTask):
+    """Counts the images that pass through the network, forward and backward, beyond those of the main pass."""
+
+    forward = backward = 0
+
+    def _embed(self, images):
+        self.forward += len(images)
+        embeddings = super()._embed(images)
+        if embeddings.requires_grad:
+            embeddings.register_hook(lambda gradient: setattr(self, "backward", self.backward + len(gradient)))
+        return embeddings
+
+
+@pytest.mark.parametrize(
+    "alignment",
+    [
+        "{kind: none, consistency_weight: 1}",
+        "{kind: random, share: 0.5, consistency_weight: 1}",
+        "{kind: adversarial, share: 0.5, steps: 2}",
+        "{kind: adversarial, share: 0.5, steps: 2, release_compat: true}",
+        "{kind: elastic, share: 0.25, steps: 3, consistency_weight: 1}",
+        "{kind: best_of, share: 0.5, candidates: 3}",
+        "{kind: delayed, share: 0.5}",
+    ],
+)
+def test_the_passes_of_every_attack_are_those_that_a_step_makes(tmp_path, monkeypatch, alignment):
+    tasks = []
+
+    def counted(*args, **options):
+        tasks.append(CountedTask(*args, **options))
+        return tasks[0]
+
+    monkeypatch.setattr("aroface.engine.trainer.FaceTask", counted)
+    train(tmp_path / "run", *COMPARABLE, f"alignment={alignment}")
+    config = config_of(*COMPARABLE, f"alignment={alignment}")
+    work = workload_of(config, R100, gpus=1, classes=100)
+    images = 6 * BATCH
+    assert tasks[0].backward == images * work.attack_passes
+    assert tasks[0].forward == images * (work.attack_passes + work.forward_passes + work.backbone_passes)
+    assert extra_passes(config.alignment).total == (tasks[0].forward + tasks[0].backward) / images
+
+
+def test_further_passes_cost_their_part():
+    plain = replace(WORK, attack_passes=0.0)
+    for change, backbone, products, exchanges in (
+        ({"attack_passes": 1.0}, 2, 3, (2, 2, 2)),
+        ({"forward_passes": 1.0}, 1, 1, (2, 2, 1)),
+        ({"backbone_passes": 1.0}, 1, 0, (1, 1, 1)),
+    ):
+        work = replace(plain, **change)
+        times = [step_time(one, H100, Efficiency()) for one in (work, plain)]
+        assert times[0].backbone / times[1].backbone == pytest.approx((3 + backbone) / 3)
+        assert head_flop(work) / head_flop(plain) == pytest.approx((4 + products) / 4)
+        assert tuple(exchange.calls for exchange in communication(work).head) == exchanges
 
 
 def test_the_command_prints_a_budget_that_adds_up(tmp_path, capsys):
