@@ -117,8 +117,13 @@ class BackboneEngine:
             compile_in_place(self._backbone)
         self._trained = {name: p for name, p in self._backbone.named_parameters() if p.requires_grad}
         # lr 0: DeepSpeed takes one step at start-up to create its state, which must not decay the weights.
+        # fused: one pass over weights, gradients and momentum instead of four; the same numbers.
         optimizer = _RestingSGD(
-            self._trained.values(), lr=0.0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
+            self._trained.values(),
+            lr=0.0,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+            fused=True,
         )
         model = _Autocast(self._backbone, self._device_type) if self._precision == "fp16" else self._backbone
         self._engine, *_ = deepspeed.initialize(

@@ -42,7 +42,7 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.batch.global_batch // (accumulation * world_size),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,  # the joint update clips
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": _zero(config.engine.zero_stage),
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 2**31,
@@ -54,6 +54,14 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
             settings[key].update(_checked_zero(value))
         else:
             settings[key] = value
+    return settings
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        # A second norm, with a collective and a host synchronisation of its own: the joint update has it already.
+        settings["compute_grad_norm"] = False
     return settings
 
 

@@ -159,11 +159,13 @@ class ShardedHead(nn.Module):
         if self.config.sample_rate >= 1:
             return self.weight, local
         count = len(self.weight)
-        positives = torch.unique(local[local >= 0])
-        wanted = max(len(positives), round(self.config.sample_rate * count), 1)
         generator = derive_generator(self.seed, "negatives", step=step, rank=self.rank)
         priority = torch.rand(count, generator=generator).to(local.device)
-        priority[positives] = 2.0
+        # One place more, which -1 falls on: the class of another rank.
+        priority = torch.cat([priority, priority.new_zeros(1)]).index_fill_(0, local, 2.0)[:-1]
+        wanted = max(round(self.config.sample_rate * count), 1)
+        if wanted < min(len(local), count):  # then there may be more positives than that: the host has to ask
+            wanted = max(wanted, int((priority == 2).sum()))
         chosen = priority.topk(wanted).indices.sort().values
         place = torch.full((count + 1,), -1, dtype=torch.int64, device=local.device)
         place[chosen] = torch.arange(wanted, device=local.device)
