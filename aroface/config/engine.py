@@ -31,6 +31,11 @@ class EngineConfig(Section):
         "images (GPU only); frozen: running statistics as they were loaded, not updated",
     )
     channels_last: bool = Field(True, description="memory layout of images and activations; speed only")
+    compile: bool = Field(
+        False,
+        description="torch.compile for the backbone: minutes before the first step, then faster steps; eager with a "
+        "warning where the compiler fails",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: idle cores / ranks of the machine")
     timeout_s: float = Field(
         1800.0, gt=0, description="seconds that a rank waits for the others, or makes no step, before the job ends"

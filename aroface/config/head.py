@@ -29,6 +29,11 @@ class SoftmaxHeadConfig(Section):
         "exact", description="differentiate the margin, or take d target / d cos = 1 as arcface_torch does"
     )
     sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes in each step's softmax (Partial FC)")
+    implementation: Literal["auto", "plain", "chunked", "triton"] = Field(
+        "auto",
+        description="plain: all logits at once, by autograd, in fp32; chunked; triton: fused GPU kernels that write no "
+        "logits, not with changed negatives; auto: chunked. The same result within rounding",
+    )
     chunk_classes: int | None = Field(
         None,
         ge=1,
@@ -37,6 +42,14 @@ class SoftmaxHeadConfig(Section):
     logit_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the factors in the matrix products with the class centres; sums are fp32 in both cases"
     )
+
+    @model_validator(mode="after")
+    def _plain_is_fp32(self) -> Self:
+        if self.implementation == "plain" and self.logit_precision != "fp32":
+            raise ValueError(
+                "implementation = plain computes in fp32; set logit_precision: fp32 or another implementation"
+            )
+        return self
 
 
 class _FilteredHead(SoftmaxHeadConfig):

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from aroface.config.schema import TrainConfig
 from aroface.distributed import all_reduce, limit_waiting
+from aroface.engine.compiled import compile_in_place
 from aroface.engine.deepspeed_settings import deepspeed_settings
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ConfigError
@@ -115,10 +116,17 @@ class BackboneEngine:
         self._device_type = next(backbone.parameters()).device.type
         self.scaler = LossScaler(config.engine)
         self._backbone = self._with_norms(backbone)
+        if config.engine.compile:
+            compile_in_place(self._backbone)
         self._trained = {name: p for name, p in self._backbone.named_parameters() if p.requires_grad}
         # lr 0: DeepSpeed takes one step at start-up to create its state, which must not decay the weights.
+        # fused: one pass over weights, gradients and momentum instead of four; the same numbers.
         optimizer = _RestingSGD(
-            self._trained.values(), lr=0.0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
+            self._trained.values(),
+            lr=0.0,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+            fused=True,
         )
         model = _Autocast(self._backbone, self._device_type) if self._precision == "fp16" else self._backbone
         self._engine, *_ = deepspeed.initialize(
@@ -147,6 +155,11 @@ class BackboneEngine:
         if self._stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [parameter for group in self._sgd.param_groups for parameter in group["params"]]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network itself, without what the precision puts around it."""
+        return self._backbone
 
     @property
     def module(self) -> nn.Module:

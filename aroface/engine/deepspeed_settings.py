@@ -32,15 +32,17 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, every setting that we decide written out.
 
     Raises:
-        ConfigError: batch sizes that do not multiply out, or a key in `engine.deepspeed_extra` that is unknown or ours.
+        ConfigError: batch sizes that do not multiply out, a key in `engine.deepspeed_extra` that is unknown or ours, or
+            `engine.compile` where it cannot be.
     """
     accumulation = accumulation_steps(config, world_size)
+    _check_compile(config)
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_batch,
         "train_micro_batch_size_per_gpu": config.batch.global_batch // (accumulation * world_size),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,  # the joint update clips
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": _zero(config.engine.zero_stage),
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 2**31,
@@ -53,6 +55,29 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
         else:
             settings[key] = value
     return settings
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        # A second norm, with a collective and a host synchronisation of its own: the joint update has it already.
+        settings["compute_grad_norm"] = False
+    return settings
+
+
+def _check_compile(config: TrainConfig) -> None:
+    if not config.engine.compile:
+        return
+    if config.engine.zero_stage == 3:
+        raise ConfigError(
+            "engine.compile: true does not go with engine.zero_stage = 3, whose weights come and go inside the forward "
+            "pass; use stage 0, 1 or 2, or engine.compile: false."
+        )
+    if config.model.checkpoint_activations:
+        raise ConfigError(
+            "engine.compile: true does not go with model.checkpoint_activations: true; the compiler keeps fewer "
+            "activations by itself. Set one of the two to false."
+        )
 
 
 def _checked_zero(value: Any) -> Mapping[str, Any]:

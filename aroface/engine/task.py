@@ -1,7 +1,7 @@
 """Backbone, alignment and head as one loss: what happens to a batch between the loader and the optimiser."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from aroface.augment import augment
 from aroface.config.schema import TrainConfig
 from aroface.contract import InputContract
 from aroface.distributed import all_reduce
+from aroface.engine.compiled import untouched
 from aroface.engine.deepspeed_engine import BackboneEngine
 from aroface.engine.schedule import accumulation_steps
 from aroface.engine.seeding import derive_generator, derive_seed
@@ -86,6 +87,21 @@ class FaceTask:
             step: optimiser step; selects the head's negatives.
             micro_step: counts micro-batches over the whole run; selects what augmentation and attack draw.
         """
+        return self._output(batch, step=step, micro_step=micro_step, main_pass=self.engine)
+
+    def rehearse(self, batch: Batch) -> None:
+        """Every pass of a step, forward and backward, that changes nothing: what `torch.compile` wants to see first.
+
+        Args:
+            batch: as large as those that follow.
+        """
+        trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
+        with untouched(self.engine.module, self.head):
+            # Not through DeepSpeed, whose hooks would take it for the beginning of a step.
+            output = self._output(batch, step=0, micro_step=0, main_pass=self._embed)
+            torch.autograd.grad(output.loss, trained)
+
+    def _output(self, batch: Batch, *, step: int, micro_step: int, main_pass: Callable[[Tensor], Tensor]) -> StepOutput:
         if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
             torch.manual_seed(derive_seed(self.config.seed, "dropout", step=micro_step, rank=self._rank))
         images = normalise(batch.images.to(self._device, non_blocking=True), self.contract)
@@ -96,7 +112,7 @@ class FaceTask:
         has_consistency = self.config.alignment.consistency_weight > 0 and len(aligned.warped) > 0
         target = self._clean_embeddings(aligned.clean) if has_consistency else None
         attack_s = time.perf_counter() - started
-        embeddings = self.engine(aligned.images)
+        embeddings = main_pass(aligned.images)
         loss = self.head(embeddings, aligned.labels, step=step)
         if target is not None:
             loss = loss + self._inconsistency(embeddings[aligned.warped], target)

@@ -18,13 +18,15 @@ from aroface.distributed import all_reduce, is_distributed
 from aroface.engine.seeding import derive_generator
 from aroface.errors import ConfigError
 from aroface.heads.exchange import gather_batch, own_rows, sum_over_ranks
+from aroface.heads.fused import check_fused, fused_terms
 from aroface.heads.kinds import build_kind
-from aroface.heads.softmax import SoftmaxSettings, class_terms, target_cosines, unit_rows
+from aroface.heads.softmax import SoftmaxSettings, class_terms, plain_terms, target_cosines, unit_rows
 
 __all__ = ["Reduction", "ShardedHead", "build_head", "class_range"]
 
 Reduction = Literal["mean", "none"]
 
+_TERMS = {"auto": class_terms, "plain": plain_terms, "chunked": class_terms, "triton": fused_terms}
 _INIT_STD = 0.01
 _INIT_BLOCK = 4096
 #: So many classes are one chunk, whose logits the backward pass finds again instead of computing them anew.
@@ -51,7 +53,11 @@ def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]
 def build_head(
     config: HeadConfig, *, num_classes: int, embedding_dim: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> "ShardedHead":
-    """The head that `config` describes; its first weights depend on (seed, class), not on the number of ranks."""
+    """The head that `config` describes; its first weights depend on (seed, class), not on the number of ranks.
+
+    Raises:
+        ConfigError: fewer classes than ranks, or an implementation that this machine or this kind does not have.
+    """
     return ShardedHead(
         config, num_classes=num_classes, embedding_dim=embedding_dim, seed=seed, rank=rank, world_size=world_size
     )
@@ -67,6 +73,8 @@ class ShardedHead(nn.Module):
         self, config: HeadConfig, *, num_classes: int, embedding_dim: int, seed: int, rank: int, world_size: int
     ) -> None:
         super().__init__()
+        if config.implementation == "triton":
+            check_fused(config)
         self.config = config
         self.num_classes = num_classes
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -135,7 +143,7 @@ class ShardedHead(nn.Module):
         config = self.config
         chunk = config.chunk_classes or _chunk_classes(len(weights), weights.device.type)
         settings = SoftmaxSettings(config.logit_scale, chunk, config.logit_precision, rule)
-        negatives, cosines = class_terms(unit, weights, local, settings)
+        negatives, cosines = _TERMS[config.implementation](unit, weights, local, settings)
         targets = torch.where(is_mine, config.logit_scale * self.kind.targets(cosines.clamp(-1, 1), norms), 0.0)
         extra = self.kind.regulariser(norms)
         if extra is not None:
@@ -151,11 +159,13 @@ class ShardedHead(nn.Module):
         if self.config.sample_rate >= 1:
             return self.weight, local
         count = len(self.weight)
-        positives = torch.unique(local[local >= 0])
-        wanted = max(len(positives), round(self.config.sample_rate * count), 1)
         generator = derive_generator(self.seed, "negatives", step=step, rank=self.rank)
         priority = torch.rand(count, generator=generator).to(local.device)
-        priority[positives] = 2.0
+        # One place more, which -1 falls on: the class of another rank.
+        priority = torch.cat([priority, priority.new_zeros(1)]).index_fill_(0, local, 2.0)[:-1]
+        wanted = max(round(self.config.sample_rate * count), 1)
+        if wanted < min(len(local), count):  # then there may be more positives than that: the host has to ask
+            wanted = max(wanted, int((priority == 2).sum()))
         chosen = priority.topk(wanted).indices.sort().values
         place = torch.full((count + 1,), -1, dtype=torch.int64, device=local.device)
         place[chosen] = torch.arange(wanted, device=local.device)

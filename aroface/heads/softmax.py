@@ -12,9 +12,19 @@ from torch import Tensor, nn
 from aroface.heads.negatives import NegativeRule
 from aroface.heads.products import LogitPrecision, cosines_of, operand, product
 
-__all__ = ["SoftmaxSettings", "class_terms", "target_cosines", "unit_rows"]
+__all__ = [
+    "MIN_LENGTH",
+    "SoftmaxSettings",
+    "add_target_gradient",
+    "class_terms",
+    "plain_terms",
+    "target_cosines",
+    "through_length",
+    "unit_rows",
+]
 
-_MIN_LENGTH = 1e-12
+#: Shorter rows count as rows of this length.
+MIN_LENGTH = 1e-12
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,19 @@ def class_terms(
     return terms
 
 
+def plain_terms(
+    embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings
+) -> tuple[Tensor, Tensor]:
+    """`class_terms` as it is written in the formula, in fp32 and by plain autograd: all logits exist at one time."""
+    cosines = embeddings @ (weights / weights.norm(dim=1, keepdim=True).clamp_min(MIN_LENGTH)).T
+    logits = settings.logit_scale * (settings.rule(cosines)[0] if settings.rule else cosines)
+    is_target = torch.arange(len(weights), device=targets.device) == targets[:, None]
+    negatives = logits.masked_fill(is_target, -torch.inf)
+    is_empty = is_target.all(1)  # no negative at all: the value -inf and no gradient
+    total = torch.where(is_empty, -torch.inf, negatives.masked_fill(is_empty[:, None], 0).logsumexp(1))
+    return total, target_cosines(embeddings, weights, targets)
+
+
 def target_cosines(embeddings: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
     """The second result of `class_terms` alone, by plain autograd."""
     own, _ = _target_centres(weights, targets)
@@ -57,13 +80,13 @@ def target_cosines(embeddings: Tensor, weights: Tensor, targets: Tensor) -> Tens
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows at unit length; a zero row stays zero."""
-    return nn.functional.normalize(rows, dim=1, eps=_MIN_LENGTH)
+    return nn.functional.normalize(rows, dim=1, eps=MIN_LENGTH)
 
 
 def _target_centres(weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Unit centres (N, D) and their lengths (N, 1) of every row's class; of class 0 where another rank has it."""
     own = weights[targets.clamp_min(0)]
-    lengths = own.norm(dim=1, keepdim=True).clamp_min(_MIN_LENGTH)
+    lengths = own.norm(dim=1, keepdim=True).clamp_min(MIN_LENGTH)
     return own / lengths, lengths
 
 
@@ -77,7 +100,7 @@ class _Chunk:
 
 def _chunk(embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings, start: int) -> _Chunk:
     weights = weights[start : start + settings.chunk_classes]
-    lengths = weights.norm(dim=1, keepdim=True).clamp_min(_MIN_LENGTH)
+    lengths = weights.norm(dim=1, keepdim=True).clamp_min(MIN_LENGTH)
     unit = weights / lengths
     slopes = None
     if settings.rule:
@@ -131,9 +154,9 @@ class _ClassTerms(torch.autograd.Function):
             grad_embeddings += product(shares, operand(chunk.unit, settings.precision))
             if grad_weights is not None:
                 out = grad_weights[start : start + len(chunk.unit)]
-                _through_length(product(shares.T, weighted), chunk.unit, chunk.lengths, out=out)
+                through_length(product(shares.T, weighted), chunk.unit, chunk.lengths, out=out)
         grad_embeddings *= factor
-        _add_target_gradient(embeddings, weights, targets, grad_outputs[1], grad_embeddings, grad_weights)
+        add_target_gradient(embeddings, weights, targets, grad_outputs[1], grad_embeddings, grad_weights)
         return grad_embeddings, grad_weights, None, None
 
 
@@ -144,13 +167,13 @@ def _logsumexp_(logits: Tensor) -> Tensor:
     return logits.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift)
 
 
-def _through_length(grad_unit: Tensor, unit: Tensor, lengths: Tensor, *, out: Tensor) -> None:
+def through_length(grad_unit: Tensor, unit: Tensor, lengths: Tensor, *, out: Tensor) -> None:
     """Gradient of centres from the gradient of the same at unit length."""
     radial = (grad_unit * unit).sum(1, keepdim=True)
     torch.addcmul(grad_unit, unit, radial, value=-1, out=out).div_(lengths)
 
 
-def _add_target_gradient(
+def add_target_gradient(
     embeddings: Tensor,
     weights: Tensor,
     targets: Tensor,
@@ -164,5 +187,5 @@ def _add_target_gradient(
     grad_embeddings += grad_cosines * unit
     if grad_weights is not None:
         grad_own = torch.empty_like(unit)
-        _through_length(grad_cosines * embeddings, unit, lengths, out=grad_own)
+        through_length(grad_cosines * embeddings, unit, lengths, out=grad_own)
         grad_weights.index_add_(0, targets.clamp_min(0), grad_own)

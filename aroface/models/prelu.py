@@ -13,6 +13,8 @@ from torch import Tensor, nn
 __all__ = ["PReLU"]
 
 _ROW_ELEMENTS = 1024
+#: Activations of up to so many elements stay in the cache from one pass to the next; of larger ones, blocks do.
+_CACHED_ELEMENTS, _BLOCK_ELEMENTS = 2**22, 2**17
 
 
 class PReLU(nn.PReLU):
@@ -54,25 +56,29 @@ class _RowwisePReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         rows = _rows(x)
-        slopes = weight.to(x.dtype).repeat(rows.shape[1] // x.shape[1])
         ctx.save_for_backward(x, weight)
-        if bool((weight <= 1).all()):
-            return _unrows(torch.maximum(rows, rows * slopes), x)  # the same values in one pass less
-        return _unrows(rows.clamp_min(0).addcmul_(rows.clamp_max(0), slopes), x)
+        return _unrows(nn.functional.prelu(rows, _slopes(weight, x, rows)), x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = _rows(x)
         grad = _rows(grad_outputs[0].contiguous(memory_format=torch.channels_last))
-        channels = x.shape[1]
-        slopes = weight.to(x.dtype).repeat(rows.shape[1] // channels)
-        grad_positive = torch.ops.aten.threshold_backward(grad, rows, 0)
-        grad_negative = grad - grad_positive
-        grad_x = grad_positive.addcmul_(grad_negative, slopes)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            # A product with ones sums the rows in fp32 accumulators, at the speed of a matrix product.
-            sums = grad.new_ones(1, len(rows)) @ grad_negative.mul_(rows)
-            grad_weight = sums.to(weight.dtype).view(-1, channels).sum(0)
-        return _unrows(grad_x, x), grad_weight
+        slopes = _slopes(weight, x, rows)
+        grad_rows, sums = torch.empty_like(grad), weight.new_zeros(rows.shape[1])
+        # What is too large for the cache goes through it block by block, instead of five times from end to end.
+        block = max(1, _BLOCK_ELEMENTS // rows.shape[1]) if rows.numel() > _CACHED_ELEMENTS else len(rows)
+        for values, upstream, out in zip(rows.split(block), grad.split(block), grad_rows.split(block), strict=True):
+            positive = torch.ops.aten.threshold_backward(upstream, values, 0)
+            negative = upstream - positive
+            torch.addcmul(positive, negative, slopes, out=out)
+            if ctx.needs_input_grad[1]:
+                # A product with ones sums the rows in fp32 accumulators, at the speed of a matrix product.
+                sums += (grad.new_ones(1, len(values)) @ negative.mul_(values))[0]
+        grad_weight = sums.view(-1, x.shape[1]).sum(0) if ctx.needs_input_grad[1] else None
+        return _unrows(grad_rows, x), grad_weight
+
+
+def _slopes(weight: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """The slopes as often as a row holds the channels."""
+    return weight.to(x.dtype).repeat(rows.shape[1] // x.shape[1])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aroface import augment as augmentation
 from aroface.augment import augment
 from aroface.config.schema import AugmentConfig
 
@@ -56,3 +57,13 @@ def test_same_generator_same_images():
     config = AugmentConfig(flip=0.5, low_resolution=0.5, photometric=0.5, crop=0.5, erase=0.5, grey=0.5)
     assert torch.equal(augment(images(), config, generator(3)), augment(images(), config, generator(3)))
     assert not torch.equal(augment(images(), config, generator(3)), augment(images(), config, generator(4)))
+
+
+def test_shrinking_by_matrices_is_shrinking_by_rows():
+    """What runs on a GPU against what runs on a CPU; fp32 sums in another order."""
+    tall = torch.rand(40, 3, 24, 17, generator=generator(1)) * 2 - 1
+    chosen = torch.rand(40, generator=generator(2)) < 0.7
+    side = torch.randint(5, (40,), generator=generator(3))
+    torch.testing.assert_close(
+        augmentation._shrink_all(tall, chosen, side), augmentation._shrink_chosen(tall, chosen, side), rtol=0, atol=1e-6
+    )

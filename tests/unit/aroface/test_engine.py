@@ -57,7 +57,7 @@ def test_deepspeed_settings_are_written_out():
     settings = deepspeed_settings(config(batch={"global_batch": 32, "micro_batch": 4}), 2)
     assert settings["train_batch_size"] == 32
     assert settings["gradient_accumulation_steps"] == 4
-    assert settings["zero_optimization"] == {"stage": 1}
+    assert settings["zero_optimization"] == {"stage": 1, "compute_grad_norm": False}
     assert settings["torch_autocast"]["enabled"] is True
     json.dumps(settings)
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from aroface.errors import ShapeError
+from aroface.models import prelu
 from aroface.models.iresnet import IResNet
-from aroface.models.prelu import PReLU
+from aroface.models.prelu import PReLU, _RowwisePReLU
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(18, 24.03), (34, 34.14), (50, 43.59), (100, 65.16), (200, 118.83)])
@@ -88,3 +89,23 @@ def test_prelu_in_bf16_is_within_its_rounding():
     reference(high).backward(torch.ones_like(high))
     torch.testing.assert_close(low.grad.float(), high.grad, rtol=2**-8, atol=0)
     torch.testing.assert_close(ours.weight.grad, reference.weight.grad, rtol=0.02, atol=0.5)
+
+
+def test_prelu_of_blocks_is_prelu_of_the_whole(monkeypatch):
+    """Activations that do not fit the cache go through it in blocks, the last of them shorter."""
+    monkeypatch.setattr(prelu, "_CACHED_ELEMENTS", 0)
+    monkeypatch.setattr(prelu, "_BLOCK_ELEMENTS", 4 * prelu._ROW_ELEMENTS)
+    images = torch.randn(5, 16, 24, 28, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    inputs = [images.clone().requires_grad_() for _ in range(2)]
+    ours, reference = PReLU(16).double(), nn.PReLU(16).double()
+    for module, x in zip((ours, reference), inputs, strict=True):
+        module(x).backward(images.cos())
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close(ours.weight.grad, reference.weight.grad, rtol=1e-12, atol=1e-10)
+
+
+def test_prelu_gradients_are_finite_differences():
+    ours = PReLU(3).double()
+    images = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    images = (images + 0.1 * images.sign()).requires_grad_()  # away from the kink
+    assert torch.autograd.gradcheck(lambda x, weight: _RowwisePReLU.apply(x, weight), (images, ours.weight))

@@ -1,0 +1,79 @@
+"""One softmax, several implementations: plain autograd, chunks, fused kernels."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from aroface.config.head import HeadConfig
+from aroface.errors import ConfigError
+from aroface.heads import build_head, fused
+from tests.helpers.head_oracle import HEADS
+
+
+def head_of(name, **settings):
+    config = TypeAdapter(HeadConfig).validate_python({"logit_scale": 16.0} | HEADS[name] | settings)
+    return build_head(config, num_classes=23, embedding_dim=12, seed=1)
+
+
+def outcome(name, labels, **settings):
+    head = head_of(name, **settings)
+    embeddings = torch.randn(9, 12, generator=torch.Generator().manual_seed(2)).mul(4).requires_grad_()
+    loss = head(embeddings, labels, step=0)
+    loss.backward()
+    return loss.detach(), embeddings.grad, head.gradient(), *head.statistics().values()
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+@pytest.mark.parametrize("name", HEADS)
+def test_plain_is_chunked(name, rate):
+    """fp32 sums in another order."""
+    labels = torch.arange(9) % 5
+    chunked = outcome(name, labels, implementation="chunked", chunk_classes=4, sample_rate=rate)
+    plain = outcome(name, labels, implementation="plain", sample_rate=rate)
+    for found, wanted in zip(plain, chunked, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
+
+
+def test_plain_does_not_round():
+    with pytest.raises(ValidationError, match="plain computes in fp32; set logit_precision: fp32"):
+        head_of("arcface", implementation="plain", logit_precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("installed", "name", "message"),
+    [
+        (False, "arcface", "needs the package triton.*head.implementation: auto"),
+        (True, "arcface", "needs an NVIDIA GPU and this machine has none; set head.implementation: auto"),
+        (True, "curricularface", "head.kind = curricularface changes them; set head.implementation: auto"),
+        (True, "arcface-filter", "head.interclass_filter changes them"),
+    ],
+)
+def test_triton_is_refused_where_it_cannot_be(monkeypatch, installed, name, message):
+    find_spec = importlib.util.find_spec
+    found = object() if installed else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: found if name == "triton" else find_spec(name, *a)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name != "arcface")
+    monkeypatch.setattr(fused, "_is_interpreted", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        head_of(name, implementation="triton")
+
+
+def test_fused_kernels_in_tritons_interpreter():
+    """The kernels themselves, on the CPU: every kind of head, ragged shapes, fp32 and bf16, against float64."""
+    pytest.importorskip("triton", reason="the fused kernels need triton; it comes with PyTorch for CUDA")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.fused_heads"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
