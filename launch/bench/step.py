@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.bench.largest import add_profile
 from launch.bench.measure import Measurement, interleave
 from launch.bench.output import Report, measured
 
@@ -37,6 +38,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 }
 _GOALS = {"adversarial": 1.20, "delayed": 1.06}
 _WARP_SHARE = 0.02
+_LR = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="images of a step (%(default)s)")
     parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the head (%(default)s)")
     parser.add_argument("--share", type=float, default=0.25, metavar="P", help="share that is warped (%(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(%(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="(%(default)s)")
+    parser.add_argument(
+        "--head-precision", choices=("fp32", "bf16"), default="fp32", help="of its matrix products (%(default)s)"
+    )
     parser.add_argument(
         "--contiguous", action="store_true", help="memory layout of the images (default: channels last)"
     )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="on CPU (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted steps of every way (%(default)s)")
     parser.add_argument("--ways", default=",".join(_WAYS), metavar="A,B", help="comma-separated, of: %(default)s")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write a trace of every way for chrome://tracing, name the largest"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
@@ -80,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     for name, seconds in parts.items():
         goal = _WARP_SHARE * 100 if name == "warp alone" else None
         report.add(f"part of an adversarial step: {name}", 100 * seconds / whole, "%", at_most=goal)
-    report.details["peak_memory_gib"] = (
-        torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
-    )
+    if bench.device.type == "cuda":
+        report.add("peak memory, all ways", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    if args.profile is not None:
+        add_profile(report, bench.ways, args.profile, bench.device)
     report.write(args.out)
     return 0
 
@@ -104,6 +113,7 @@ class StepBench:
         import torch
 
         from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
+        from aroface.engine.joint_update import JointUpdate
         from aroface.engine.task import FaceTask
         from aroface.errors import ConfigError
         from aroface.heads import HeadSGD, build_head
@@ -121,7 +131,8 @@ class StepBench:
         self._engine.train()
         dim = self._config.model.embedding_dim
         self._head = build_head(self._config.head, num_classes=args.classes, embedding_dim=dim, seed=0).to(self.device)
-        self._head_optimizer = HeadSGD(self._head, momentum=0.9, weight_decay=5e-4)
+        optimizer = HeadSGD(self._head, momentum=0.9, weight_decay=5e-4)
+        self._update = JointUpdate(self._engine, self._head, optimizer, self._config.optim, self._engine.scaler)
         self._batch = _batch(args, self.device)
         tasks = {
             name: FaceTask(_config(args, _WAYS[name]), self._engine, self._head, device=self.device, rank=0)
@@ -145,13 +156,9 @@ class StepBench:
         self._steps[name] += 1
         output = task(self._batch, step=step, micro_step=step)
         self._engine.backward(output.loss)
-        self._update()
+        self._update(output.loss.detach()[None], _LR)
         self._synchronise()
         return len(self._batch.labels)
-
-    def _update(self) -> None:
-        self._engine.step(1e-4)
-        self._head_optimizer.step(1e-4)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -187,7 +194,7 @@ class StepBench:
         clock.lap("normalise and augment")
 
         def losses(warped: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            with engine.autocast():
                 embeddings = engine.module(warped.contiguous(memory_format=layout))
             return head.losses(embeddings, targets, step=0, update_statistics=False)
 
@@ -201,7 +208,7 @@ class StepBench:
         clock.lap("head, forward")
         engine.backward(loss)
         clock.lap("backward")
-        self._update()
+        self._update(loss.detach()[None], _LR)
         clock.lap("optimisers")
         count = len(aligned.chosen)
         psi = random_corner(count, config.alignment, generator)
@@ -242,7 +249,7 @@ def _config(args: argparse.Namespace, alignment: Mapping[str, Any]) -> "TrainCon
     values = {
         "seed": 0,
         "model": {"kind": "iresnet", "depth": args.depth, "image_size": args.image_size, "width": args.width},
-        "head": {"kind": "arcface", "margin": 0.5},
+        "head": {"kind": "arcface", "margin": 0.5, "logit_precision": args.head_precision},
         "alignment": {"share": args.share, **alignment},
         "data": {"shards": "unused", "colour_order": "rgb"},
         "batch": {"global_batch": args.batch},
