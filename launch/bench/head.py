@@ -3,7 +3,7 @@
 One forward and backward pass of ArcFace with a straight-through margin, which all of them compute. Times are CPU times
 of one thread, variants interleaved; memory is what a process needs beyond the centres and the embeddings, each variant
 in a process of its own. `--full` adds the head of WebFace12M (617,970 classes) with its optimiser, which takes about
-5 GiB.
+5 GiB. `--device cuda` measures passes on a GPU instead, by wall time and the memory allocated there.
 """
 
 import argparse
@@ -13,13 +13,17 @@ import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from aroface.errors import ConfigError
 from launch.bench.head_ranks import expected_bytes, traffic
 from launch.bench.measure import interleave, peak_growth, ratio
 from launch.bench.output import Report, measured
 
-_DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
+if TYPE_CHECKING:
+    import torch
+
+DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
 _FULL_CLASSES, _FULL_BATCH = 617_970, 1024
 #: name -> settings of our head
 _OURS: dict[str, dict[str, Any]] = {
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1024, metavar="N", help="images of the global batch (%(default)s)")
     parser.add_argument("--classes", type=int, default=50_000, metavar="C", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="R", help="counted rounds (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--full", action="store_true", help="memory at 617,970 classes too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
@@ -53,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(1)
-    settings = {"batch": args.batch, "classes": args.classes, "dim": _DIM, "rounds": args.rounds, "threads": 1}
+    settings = {"batch": args.batch, "classes": args.classes, "dim": DIM, "rounds": args.rounds, "threads": 1}
+    if args.device == "cuda":
+        return _on_gpu(args, settings)
     report = Report("head", ("torch", "numpy"), settings)
     _agreement(report, args.batch, args.classes)
     _times(report, args.batch, args.classes, args.rounds)
@@ -61,6 +68,20 @@ def run(args: argparse.Namespace) -> int:
     if args.full:
         _full_size(report)
     _exchanges(report)
+    report.write(args.out)
+    return 0
+
+
+def _on_gpu(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    import torch
+
+    from launch.bench.head_on_gpu import measure_on
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here. Leave the option out to measure the CPU.")
+    device = torch.device("cuda", 0)
+    report = Report("head", ("torch", "numpy"), {**settings, "device": torch.cuda.get_device_name(device)})
+    measure_on(device, report, batch=args.batch, classes=args.classes, rounds=args.rounds, bf16=True)
     report.write(args.out)
     return 0
 
@@ -73,7 +94,7 @@ def _variants(batch: int, classes: int) -> Mapping[str, Callable[[], "Pass"]]:
 class Pass:
     """Inputs of one variant, the same for all, and its forward and backward pass."""
 
-    def __init__(self, name: str, batch: int, classes: int) -> None:
+    def __init__(self, name: str, batch: int, classes: int, device: "torch.device | str" = "cpu") -> None:
         import torch
 
         from aroface.config.head import ArcFaceConfig
@@ -88,10 +109,10 @@ class Pass:
             continuation="plain",
             **_OURS.get(name, {}),
         )
-        self.head = build_head(config, num_classes=classes, embedding_dim=_DIM, seed=0)
+        self.head = build_head(config, num_classes=classes, embedding_dim=DIM, seed=0).to(device)
         generator = torch.Generator().manual_seed(0)
-        self.embeddings = torch.randn(batch, _DIM, generator=generator, requires_grad=True)
-        self.labels = torch.randint(0, classes, (batch,), generator=generator)
+        self.embeddings = torch.randn(batch, DIM, generator=generator).to(device).requires_grad_()
+        self.labels = torch.randint(0, classes, (batch,), generator=generator).to(device)
 
     def __call__(self) -> float:
         """One pass; returns the loss and leaves the gradients."""
@@ -110,10 +131,13 @@ class Pass:
         torch.autograd.backward([loss])
         return loss.item()
 
+    def forget(self) -> None:
+        """Drop the gradients: the next variant is not to find memory that this one could have kept from it."""
+        self.head.weight.grad = self.embeddings.grad = None
+
 
 def _agreement(report: Report, batch: int, classes: int) -> None:
     """Loss and gradients of ours beside arcface_torch's, as shares of the latter."""
-    import torch
 
     def outcome(name: str) -> tuple[float, "torch.Tensor", "torch.Tensor"]:
         work = Pass(name, batch, classes)
@@ -135,8 +159,7 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
 
     def work(one: Pass) -> int:
         one()
-        # the next variant is not to find memory that this one could have kept from it
-        one.head.weight.grad = one.embeddings.grad = None
+        one.forget()
         return batch
 
     found = interleave(
@@ -160,7 +183,7 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
 
 def _memory(report: Report, batch: int, classes: int) -> None:
     """Peak memory beyond the inputs; of it the gradient of the centres, which an optimiser needs."""
-    gradient = 4 * classes * _DIM
+    gradient = 4 * classes * DIM
     extra = {}
     for name in _variants(batch, classes):
         whole = _in_process(_pass_memory, name, batch, classes)
@@ -176,7 +199,7 @@ def _memory(report: Report, batch: int, classes: int) -> None:
 
 def _full_size(report: Report) -> None:
     """One step with the optimiser at 617,970 classes; beyond centres, momentum and gradient it is the head's own."""
-    need = 3 * 4 * _FULL_CLASSES * _DIM
+    need = 3 * 4 * _FULL_CLASSES * DIM
     for name in ("chunked fp32", "chunked bf16", "sampled 0.1 bf16"):
         for batch in (_FULL_BATCH, 2 * _FULL_BATCH) if name == "chunked bf16" else (_FULL_BATCH,):
             peak = _in_process(_step_memory, name, batch, _FULL_CLASSES)
