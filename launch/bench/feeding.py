@@ -6,6 +6,7 @@ The first line of the metrics covers the warm-up and is left out.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     lines = [line for line in lines if "img_per_s" in line]
     if len(lines) < 2:
         raise DataError(f"{path} has {len(lines)} line(s); the first is warm-up. Train longer or log more often.")
-    steps, images = ([b[key] - a[key] for a, b in zip(lines, lines[1:], strict=False)] for key in ("step", "samples"))
+    steps, images = ([b[key] - a[key] for a, b in itertools.pairwise(lines)] for key in ("step", "samples"))
     step_s = [n / line["img_per_s"] / count for n, line, count in zip(images, lines[1:], steps, strict=True)]
     shares = [100 * line["data_wait_s"] / seconds for line, seconds in zip(lines[1:], step_s, strict=True)]
     report = Report("feeding", ("torch", "deepspeed"), {"run": str(args.run), "lines": len(shares)})

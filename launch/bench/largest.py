@@ -33,7 +33,7 @@ def largest(
     Args:
         step: waits for the device before it returns.
         device: whose time counts.
-        trace: file for chrome://tracing.
+        trace: file for chrome://tracing, compressed if its name ends in .gz.
 
     Returns:
         Every operation, the largest first, and the share of the wall time in which none of them ran. Measuring
@@ -63,10 +63,10 @@ def largest(
 
 
 def add_profile(report: Report, ways: Mapping[str, Callable[[], object]], path: Path, device: "torch.device") -> None:
-    """Print the five largest of each way and note all of them; the traces go beside `path`, one file a way."""
+    """Print the five largest of each way and note all of them; the traces are one file a way, WAY-`path`."""
     profiles = report.details.setdefault("profiles", {})
     for name, step in ways.items():
-        trace = path.with_name(f"{path.stem}-{name.replace(' ', '-')}{path.suffix or '.json'}")
+        trace = path.with_name(f"{name.replace(' ', '-')}-{path.name}")
         trace.parent.mkdir(parents=True, exist_ok=True)
         entries, waiting = largest(step, device, trace=trace)
         for rank, entry in enumerate(entries[:_COUNT], 1):

@@ -36,5 +36,5 @@ def test_five_of_every_way_are_reported(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("% of a step") == 2 * 6
     assert "plain, 5." in printed
-    assert {path.name for path in (tmp_path / "traces").iterdir()} == {"profile-plain.json", "profile-best_of-2.json"}
+    assert {path.name for path in (tmp_path / "traces").iterdir()} == {"plain-profile.json", "best_of-2-profile.json"}
     assert set(report.details["profiles"]) == {"plain", "best_of 2"}
