@@ -105,7 +105,7 @@ part_1() {
   done
   show=16 step head-617970-batch-4096 90 \
     aroface bench head --device cuda --batch 4096 --classes 617970 --out "$out/head-617970-batch-4096.json"
-  show=25 step tests 240 python -m pytest -m gpu -q --maxfail 20 -p no:cacheprovider
+  show=25 step tests 240 python -m pytest -m gpu tests/gpu -q --continue-on-collection-errors -p no:cacheprovider
 }
 
 # bench_step DEPTH BATCH CLASSES LIMIT [OPTION...]; `tag` tells runs apart that differ in the options alone
