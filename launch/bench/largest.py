@@ -57,9 +57,14 @@ def largest(
 
     events = [event for event in found.key_averages() if own_us(event) > 0]
     if on_gpu:  # operations of the host repeat the time of their kernels
-        events = [event for event in events if str(event.device_type).endswith("CUDA")]
+        events = [event for event in events if str(event.device_type).endswith("CUDA") and not _is_label(event)]
     entries = [Largest(event.key, own_us(event) / elapsed_us, event.count // _STEPS) for event in events]
     return sorted(entries, key=lambda entry: -entry.share), max(0.0, 1 - sum(entry.share for entry in entries))
+
+
+def _is_label(event: Any) -> bool:
+    """A range with a name, such as the step of an optimiser, which spans kernels that count for themselves."""
+    return bool(getattr(event, "is_user_annotation", False))
 
 
 def add_profile(report: Report, ways: Mapping[str, Callable[[], object]], path: Path, device: "torch.device") -> None:

@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     report.details["steps"] = {name: measured(m) for name, m in measurements.items()}
     for name, measurement in measurements.items():
         report.add(f"{name}, step", 1000 * _median_s(measurement, uses_cpu_time) / args.batch, unit)
+        if not uses_cpu_time:
+            report.add(f"{name}, images per second", measurement.items_per_s, "img/s")
     for name, measurement in measurements.items():
         if name != "plain":
             ratios = _ratios(measurement, measurements["plain"], uses_cpu_time)

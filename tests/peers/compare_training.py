@@ -96,7 +96,7 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> dict[str, A
         work[f"{name}, plain"] = peer.plain
         if code.attack is not None:
             work[f"{name}, attacked"] = peer.attacked
-        else:
+        elif device.type == "cpu":  # on a GPU their network switches autocast off where it is not fp16
             work[f"{name}, plain, bf16 autocast"] = training_code.PeerStep(code, **size, precision="bf16").plain
     found = {m.name: m for m in interleave(_repeated(work, args.steps), rounds=args.rounds, on_round=_progress)}
     column = 0 if device.type == "cuda" else 1
