@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
 _FULL_CLASSES, _FULL_BATCH = 617_970, 1024
 #: name -> settings of our head
-_OURS: dict[str, dict[str, Any]] = {
+OURS: dict[str, dict[str, Any]] = {
     "chunked fp32": {},
     "chunked bf16": {"logit_precision": "bf16"},
     "sampled 0.3": {"sample_rate": 0.3},
@@ -87,7 +87,7 @@ def _on_gpu(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
 
 
 def _variants(batch: int, classes: int) -> Mapping[str, Callable[[], "Pass"]]:
-    names = ["arcface_torch", "plain", *_OURS, "arcface_torch 0.3", "arcface_torch 0.1"]
+    names = ["arcface_torch", "plain", *OURS, "arcface_torch 0.3", "arcface_torch 0.1"]
     return {name: functools.partial(Pass, name, batch, classes) for name in names}
 
 
@@ -107,7 +107,7 @@ class Pass:
             margin=_MARGIN,
             margin_gradient="straight_through",
             continuation="plain",
-            **_OURS.get(name, {}),
+            **OURS.get(name, {}),
         )
         self.head = build_head(config, num_classes=classes, embedding_dim=DIM, seed=0).to(device)
         generator = torch.Generator().manual_seed(0)
@@ -171,7 +171,7 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
     for name, measurement in by_name.items():
         report.add(f"{name}, CPU time", measurement.cpu_s, "s")
     goals = {"chunked fp32": 1.5, "chunked bf16": 2.5}
-    for name in ("plain", *_OURS):
+    for name in ("plain", *OURS):
         speed = ratio(by_name[name], by_name["arcface_torch"])
         report.add(f"{name}, speed of arcface_torch", speed, "x", at_least=goals.get(name))
     for rate in ("0.3", "0.1"):
@@ -187,7 +187,7 @@ def _memory(report: Report, batch: int, classes: int) -> None:
     extra = {}
     for name in _variants(batch, classes):
         whole = _in_process(_pass_memory, name, batch, classes)
-        rate = _OURS.get(name, _PEERS.get(name, {})).get("sample_rate", 1.0)
+        rate = OURS.get(name, _PEERS.get(name, {})).get("sample_rate", 1.0)
         # arcface_torch's sampling spreads the gradient over all centres again, ours stays with the sampled rows
         extra[name] = whole - (gradient if name in _PEERS else gradient * rate)
         report.add(f"{name}, memory over inputs", whole / 2**20, "MiB")

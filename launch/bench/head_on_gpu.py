@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from launch.bench.device_limits import product_rate, synchronise
-from launch.bench.head import DIM, Pass
+from launch.bench.head import DIM, OURS, Pass
 from launch.bench.measure import interleave
 from launch.bench.output import Report, measured
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_on"]
 
-_VARIANTS = ("arcface_torch", "plain", "chunked fp32", "chunked bf16")
+_VARIANTS = ("arcface_torch", "plain", *(name for name in OURS if "sampled" not in name))
 #: Floating-point operations for each batch x classes x dimension: logits, and both gradients; twice the logits where
 #: they are not kept.
 _FLOPS_KEPT, _FLOPS_TWICE = 6, 8
