@@ -4,7 +4,8 @@ The vectors are drawn, not embedded: people lie on a curved surface of 20 dimens
 (face networks have been found to use that few: Gong, Boddeti, Jain, CVPR 2019), and each image turns away from its
 person by its quality. So people have look-alikes, and the scores of strangers have a tail as those of networks have;
 the result states its quantiles. Vectors without such a structure are far harder for every index of clusters:
-`--structureless` draws those.
+`--structureless` draws those. `--device cuda` measures exact search on a GPU instead, by wall time, with
+vectors of that kind.
 
 The limit of an exact search of P probes among N vectors of D numbers is the product of all pairs, 2 P N D operations,
 or the vectors read once, 4 N D bytes, whichever takes longer: for one probe the reading. The product is that of the
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=positive, default=10, metavar="K", help="length of the lists (%(default)s)")
     parser.add_argument("--kinds", nargs="+", default=["ivf-pq"], metavar="KIND", help="beside flat (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="R", help="of every measurement (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--structureless", action="store_true", help="people spread evenly, without look-alikes")
     parser.add_argument("--work", type=Path, metavar="DIR", help="for the galleries, 2 KiB a face (a temporary one)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -60,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    if args.device == "cuda":
+        return _on_gpu(args)
     import faiss
 
     as_it_comes = faiss.cvar.distance_compute_blas_threshold
@@ -77,6 +81,21 @@ def run(args: argparse.Namespace) -> int:
             gallery = _measure_kind(report, gallery.directory, kind, faces, probes, args.top, args.rounds)
     finally:
         shutil.rmtree(work)
+    report.write(args.out)
+    return 0
+
+
+def _on_gpu(args: argparse.Namespace) -> int:
+    import torch
+
+    from launch.bench.gallery_on_gpu import measure_on
+    from retrieval.gallery.on_gpu import parse_device
+
+    parse_device("cuda:0")  # says what is missing
+    device = torch.device("cuda", 0)
+    settings = {"size": args.size, "top": args.top, "device": torch.cuda.get_device_name(device)}
+    report = Report("gallery", ("faiss-gpu", "faiss-gpu-cu12", "torch", "numpy"), settings)
+    measure_on(device, report, size=args.size, top=args.top)
     report.write(args.out)
     return 0
 

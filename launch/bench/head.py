@@ -5,7 +5,8 @@ of one thread, variants interleaved; memory is what a process needs beyond the c
 in a process of its own. The limit of a pass is its arithmetic: 6 N C D operations for the logits and two gradients (N
 images, C classes that take part, D = 512) in its precision, or the centres read and their gradient written once. A head
 in chunks forms its logits twice, 8 N C D, and still is held against the 6 that the result needs. `--full` adds the head
-of WebFace12M (617,970 classes) with its optimiser, which takes about 5 GiB.
+of WebFace12M (617,970 classes) with its optimiser, which takes about 5 GiB. `--device cuda`
+measures passes on a GPU instead, by wall time and the memory allocated there.
 """
 
 import argparse
@@ -15,17 +16,21 @@ import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from aroface.errors import ConfigError
 from launch.bench.head_ranks import expected_bytes, traffic
 from launch.bench.measure import interleave, peak_growth, ratio
 from launch.bench.output import Report, measured
 from launch.bench.roofline import Peaks, measure_peaks
 
-_DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
+if TYPE_CHECKING:
+    import torch
+
+DIM, _SCALE, _MARGIN = 512, 64.0, 0.5
 _FULL_CLASSES, _FULL_BATCH = 617_970, 1024
 #: name -> settings of our head
-_OURS: dict[str, dict[str, Any]] = {
+OURS: dict[str, dict[str, Any]] = {
     "chunked fp32": {},
     "chunked bf16": {"logit_precision": "bf16"},
     "sampled 0.3": {"sample_rate": 0.3},
@@ -47,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1024, metavar="N", help="images of the global batch (%(default)s)")
     parser.add_argument("--classes", type=int, default=50_000, metavar="C", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="R", help="counted rounds (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--full", action="store_true", help="memory at 617,970 classes too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
@@ -56,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(1)
-    settings = {"batch": args.batch, "classes": args.classes, "dim": _DIM, "rounds": args.rounds, "threads": 1}
+    settings = {"batch": args.batch, "classes": args.classes, "dim": DIM, "rounds": args.rounds, "threads": 1}
+    if args.device == "cuda":
+        return _on_gpu(args, settings)
     report = Report("head", ("torch", "numpy"), settings)
     _agreement(report, args.batch, args.classes)
     _times(report, args.batch, args.classes, args.rounds)
@@ -68,15 +76,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _on_gpu(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    import torch
+
+    from launch.bench.head_on_gpu import measure_on
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here. Leave the option out to measure the CPU.")
+    device = torch.device("cuda", 0)
+    report = Report("head", ("torch", "numpy"), {**settings, "device": torch.cuda.get_device_name(device)})
+    measure_on(device, report, batch=args.batch, classes=args.classes, rounds=args.rounds, bf16=True)
+    report.write(args.out)
+    return 0
+
+
 def _variants(batch: int, classes: int) -> Mapping[str, Callable[[], "Pass"]]:
-    names = ["arcface_torch", "plain", *_OURS, "arcface_torch 0.3", "arcface_torch 0.1"]
+    names = ["arcface_torch", "plain", *OURS, "arcface_torch 0.3", "arcface_torch 0.1"]
     return {name: functools.partial(Pass, name, batch, classes) for name in names}
 
 
 class Pass:
     """Inputs of one variant, the same for all, and its forward and backward pass."""
 
-    def __init__(self, name: str, batch: int, classes: int) -> None:
+    def __init__(self, name: str, batch: int, classes: int, device: "torch.device | str" = "cpu") -> None:
         import torch
 
         from aroface.config.head import ArcFaceConfig
@@ -89,12 +111,12 @@ class Pass:
             margin=_MARGIN,
             margin_gradient="straight_through",
             continuation="plain",
-            **_OURS.get(name, {}),
+            **OURS.get(name, {}),
         )
-        self.head = build_head(config, num_classes=classes, embedding_dim=_DIM, seed=0)
+        self.head = build_head(config, num_classes=classes, embedding_dim=DIM, seed=0).to(device)
         generator = torch.Generator().manual_seed(0)
-        self.embeddings = torch.randn(batch, _DIM, generator=generator, requires_grad=True)
-        self.labels = torch.randint(0, classes, (batch,), generator=generator)
+        self.embeddings = torch.randn(batch, DIM, generator=generator).to(device).requires_grad_()
+        self.labels = torch.randint(0, classes, (batch,), generator=generator).to(device)
 
     def __call__(self) -> float:
         """One pass; returns the loss and leaves the gradients."""
@@ -113,10 +135,13 @@ class Pass:
         torch.autograd.backward([loss])
         return loss.item()
 
+    def forget(self) -> None:
+        """Drop the gradients: the next variant is not to find memory that this one could have kept from it."""
+        self.head.weight.grad = self.embeddings.grad = None
+
 
 def _agreement(report: Report, batch: int, classes: int) -> None:
     """Loss and gradients of ours beside arcface_torch's, as shares of the latter."""
-    import torch
 
     def outcome(name: str) -> tuple[float, "torch.Tensor", "torch.Tensor"]:
         work = Pass(name, batch, classes)
@@ -138,8 +163,7 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
 
     def work(one: Pass) -> int:
         one()
-        # the next variant is not to find memory that this one could have kept from it
-        one.head.weight.grad = one.embeddings.grad = None
+        one.forget()
         return batch
 
     found = interleave(
@@ -152,7 +176,7 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
     for name, measurement in by_name.items():
         report.add(f"{name}, CPU time", measurement.cpu_s, "s", limit=_limit_s(name, batch, classes, peaks))
     goals = {"chunked fp32": 1.5, "chunked bf16": 2.5}
-    for name in ("plain", *_OURS):
+    for name in ("plain", *OURS):
         speed = ratio(by_name[name], by_name["arcface_torch"])
         report.add(f"{name}, speed of arcface_torch", speed, "x", at_least=goals.get(name))
     for rate in ("0.3", "0.1"):
@@ -163,19 +187,19 @@ def _times(report: Report, batch: int, classes: int, rounds: int) -> None:
 
 
 def _limit_s(name: str, batch: int, classes: int, peaks: Peaks) -> float:
-    settings = {"sample_rate": 1.0, **_OURS.get(name, _PEERS.get(name, {}))}
-    flops = 6 * batch * classes * settings["sample_rate"] * _DIM
-    centres = 4 * classes * settings["sample_rate"] * _DIM
+    settings = {"sample_rate": 1.0, **OURS.get(name, _PEERS.get(name, {}))}
+    flops = 6 * batch * classes * settings["sample_rate"] * DIM
+    centres = 4 * classes * settings["sample_rate"] * DIM
     return peaks.limit_s(flops, 2 * centres, settings.get("logit_precision", "fp32"))
 
 
 def _memory(report: Report, batch: int, classes: int) -> None:
     """Peak memory beyond the inputs; of it the gradient of the centres, which an optimiser needs."""
-    gradient = 4 * classes * _DIM
+    gradient = 4 * classes * DIM
     extra = {}
     for name in _variants(batch, classes):
         whole = _in_process(_pass_memory, name, batch, classes)
-        rate = _OURS.get(name, _PEERS.get(name, {})).get("sample_rate", 1.0)
+        rate = OURS.get(name, _PEERS.get(name, {})).get("sample_rate", 1.0)
         # arcface_torch's sampling spreads the gradient over all centres again, ours stays with the sampled rows
         extra[name] = whole - (gradient if name in _PEERS else gradient * rate)
         report.add(f"{name}, memory over inputs", whole / 2**20, "MiB")
@@ -187,7 +211,7 @@ def _memory(report: Report, batch: int, classes: int) -> None:
 
 def _full_size(report: Report) -> None:
     """One step with the optimiser at 617,970 classes; beyond centres, momentum and gradient it is the head's own."""
-    need = 3 * 4 * _FULL_CLASSES * _DIM
+    need = 3 * 4 * _FULL_CLASSES * DIM
     for name in ("chunked fp32", "chunked bf16", "sampled 0.1 bf16"):
         for batch in (_FULL_BATCH, 2 * _FULL_BATCH) if name == "chunked bf16" else (_FULL_BATCH,):
             peak = _in_process(_step_memory, name, batch, _FULL_CLASSES)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.bench.largest import add_profile
 from launch.bench.measure import Measurement, interleave
 from launch.bench.output import Report, measured
 from launch.bench.roofline import measure_peaks
@@ -46,6 +47,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 _GOALS = {"adversarial": 1.20, "delayed": 1.06}
 _WARP_SHARE = 0.02
 _WAIT_SHARE = 0.02
+_LR = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="images of a step (%(default)s)")
     parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the head (%(default)s)")
     parser.add_argument("--share", type=float, default=0.25, metavar="P", help="share that is warped (%(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(%(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="(%(default)s)")
+    parser.add_argument(
+        "--head-precision", choices=("fp32", "bf16"), default="fp32", help="of its matrix products (%(default)s)"
+    )
     parser.add_argument(
         "--contiguous", action="store_true", help="memory layout of the images (default: channels last)"
     )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="on CPU (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted steps of every way (%(default)s)")
     parser.add_argument("--ways", default=",".join(_WAYS), metavar="A,B", help="comma-separated, of: %(default)s")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write a trace of every way for chrome://tracing, name the largest"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
@@ -84,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     for name, measurement in measurements.items():
         limit = 1000 * limits.step_s(_config(args, _WAYS[name]).alignment) / args.batch
         report.add(f"{name}, step", 1000 * _median_s(measurement, uses_cpu_time) / args.batch, unit, limit=limit)
+        if not uses_cpu_time:
+            report.add(f"{name}, images per second", measurement.items_per_s, "img/s")
     for name, measurement in measurements.items():
         if name != "plain":
             ratios = _ratios(measurement, measurements["plain"], uses_cpu_time)
@@ -91,9 +101,10 @@ def run(args: argparse.Namespace) -> int:
             report.add(f"{name} / plain", statistics.median(ratios), "x", at_most=_GOALS.get(name))
     _add_parts(report, bench, limits, unit, args)
     _add_waits(report, bench, args)
-    report.details["peak_memory_gib"] = (
-        torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
-    )
+    if bench.device.type == "cuda":
+        report.add("peak memory, all ways", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    if args.profile is not None:
+        add_profile(report, bench.ways, args.profile, bench.device)
     report.write(args.out)
     return 0
 
@@ -139,6 +150,7 @@ class StepBench:
         import torch
 
         from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
+        from aroface.engine.joint_update import JointUpdate
         from aroface.engine.task import FaceTask
         from aroface.errors import ConfigError
         from aroface.heads import HeadSGD, build_head
@@ -156,7 +168,8 @@ class StepBench:
         self._engine.train()
         dim = self._config.model.embedding_dim
         self._head = build_head(self._config.head, num_classes=args.classes, embedding_dim=dim, seed=0).to(self.device)
-        self._head_optimizer = HeadSGD(self._head, momentum=0.9, weight_decay=5e-4)
+        optimizer = HeadSGD(self._head, momentum=0.9, weight_decay=5e-4)
+        self._update = JointUpdate(self._engine, self._head, optimizer, self._config.optim, self._engine.scaler)
         self._batch = _batch(args, self.device)
         tasks = {
             name: FaceTask(_config(args, _WAYS[name]), self._engine, self._head, device=self.device, rank=0)
@@ -195,13 +208,9 @@ class StepBench:
         self._steps[name] += 1
         output = task(batch, step=step, micro_step=step)
         self._engine.backward(output.loss)
-        self._update()
+        self._update(output.loss.detach()[None], _LR)
         self._synchronise()
         return len(batch.labels)
-
-    def _update(self) -> None:
-        self._engine.step(1e-4)
-        self._head_optimizer.step(1e-4)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -237,7 +246,7 @@ class StepBench:
         clock.lap("normalise and augment")
 
         def losses(warped: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            with engine.autocast():
                 embeddings = engine.module(warped.contiguous(memory_format=layout))
             return head.losses(embeddings, targets, step=0, update_statistics=False)
 
@@ -251,7 +260,7 @@ class StepBench:
         clock.lap("head, forward")
         engine.backward(loss)
         clock.lap("backward")
-        self._update()
+        self._update(loss.detach()[None], _LR)
         clock.lap("optimisers")
         count = len(aligned.chosen)
         psi = random_corner(count, config.alignment, generator)
@@ -292,7 +301,7 @@ def _config(args: argparse.Namespace, alignment: Mapping[str, Any]) -> "TrainCon
     values = {
         "seed": 0,
         "model": {"kind": "iresnet", "depth": args.depth, "image_size": args.image_size, "width": args.width},
-        "head": {"kind": "arcface", "margin": 0.5},
+        "head": {"kind": "arcface", "margin": 0.5, "logit_precision": args.head_precision},
         "alignment": {"share": args.share, **alignment},
         "data": {"shards": "unused", "colour_order": "rgb"},
         "batch": {"global_batch": args.batch},

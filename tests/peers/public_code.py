@@ -86,7 +86,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 def arcface_torch(root: Path, name: str) -> nn.Module:
     """`get_model` of InsightFace."""
-    with _importable(root / "insightface" / "recognition" / "arcface_torch", "backbones"):
+    with importable(root / "insightface" / "recognition" / "arcface_torch", "backbones"):
         return importlib.import_module("backbones").get_model(name, fp16=False)
 
 
@@ -102,14 +102,14 @@ def _adaface(root: Path, depth: int) -> nn.Module:
             direction, norm = self.net(images)
             return direction * norm
 
-    with _importable(root / "AdaFace", "net"):
+    with importable(root / "AdaFace", "net"):
         return Unnormalised(importlib.import_module("net").build_model(f"ir_{depth}"))
 
 
 def _cvlface_builder(root: Path, folder: str, name: str, colour: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         run_v1 = root / "CVLface" / "cvlface" / "research" / "recognition" / "code" / "run_v1"
-        with _importable(run_v1, "models"):
+        with importable(run_v1, "models"):
             config = SimpleNamespace(name=name, output_dim=512, color_space=colour, mask_ratio=0.0)
             return importlib.import_module(f"models.{folder}").load_model(config)
 
@@ -150,8 +150,14 @@ def _save_hub(colour: str) -> Callable[[nn.Module, Path], Path]:
 
 
 @contextlib.contextmanager
-def _importable(folder: Path, package: str) -> Iterator[None]:
-    """`package` from `folder`, with stand-ins for what it imports besides torch; everything is forgotten afterwards."""
+def importable(folder: Path, *packages: str, stand_ins: dict[str, dict[str, Any]] | None = None) -> Iterator[None]:
+    """`packages` from `folder`, with stand-ins for what they import besides torch; all is forgotten afterwards.
+
+    Args:
+        folder: that holds them.
+        packages: and modules.
+        stand_ins: further modules to stand in for, where they are not loaded: name -> attributes.
+    """
     before = dict(sys.modules)
     stubs: dict[str, dict[str, Any]] = {
         "timm": {},
@@ -165,6 +171,7 @@ def _importable(folder: Path, package: str) -> Iterator[None]:
         "fvcore.nn": {"flop_count": None},
         "torchvision": {"transforms": None},
         "omegaconf": {"DictConfig": dict, "OmegaConf": None},
+        **(stand_ins or {}),
     }
     for name, attributes in stubs.items():
         module = types.ModuleType(name)
@@ -175,7 +182,8 @@ def _importable(folder: Path, package: str) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-        for name in [n for n in sys.modules if n in stubs or n == package or n.startswith(f"{package}.")]:
+        theirs = [n for n in sys.modules if n in stubs or n.partition(".")[0] in packages]
+        for name in theirs:
             if name not in before:
                 del sys.modules[name]
 

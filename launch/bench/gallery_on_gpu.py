@@ -1,0 +1,134 @@
+"""Exact search on one GPU at the size of large galleries, against the bandwidth and the arithmetic of the device.
+
+Unit vectors are drawn on the device, without structure: an exact search reads all of them whatever they are. They are
+kept as float16 there and as float32 in the memory of the host, where `flat, fp16` compares its candidates again, as a
+gallery of kind fp16 does. Beside it: the bare Faiss index, and a product with `topk` in PyTorch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launch.bench.device_limits import copy_rate, product_rate, seconds, synchronise
+from launch.bench.output import Report
+
+if TYPE_CHECKING:
+    import torch
+
+    from retrieval.gallery.segments import Rows
+    from retrieval.gallery.sources import IndexedSource, TrackedIndex
+
+__all__ = ["measure_on"]
+
+_DIM = 512
+_DRAWN_ROWS = 1 << 18
+_BLOCK_ROWS = 1 << 20  # of a score matrix in PyTorch
+_MANY = 4096
+
+
+def measure_on(
+    device: "torch.device",
+    report: Report,
+    *,
+    size: int,
+    top: int,
+    index_of: "Callable[[Rows, NDArray[np.int64]], TrackedIndex] | None" = None,
+    many: int = _MANY,
+) -> None:
+    """Fill an index and search it by one probe and by many.
+
+    Args:
+        device: a GPU; the CPU serves to test this.
+        report: gets the figures.
+        size: vectors.
+        top: length of the lists.
+        index_of: makes the index (default: float16 on the first GPU).
+        many: probes of the large search.
+    """
+    from retrieval.gallery.segments import Entries, Rows
+    from retrieval.gallery.sources import IndexedSource
+
+    small = device.type == "cpu"
+    bandwidth = copy_rate(device, *([1 << 20] if small else []))
+    arithmetic = product_rate(device, *([64] if small else []))
+    report.add("copy on the device, read and written", bandwidth / 1e9, "GB/s")
+    report.add("bf16 product", arithmetic / 1e12, "TFLOP/s")
+    rows, kept = _drawn(size, device)
+    numbers = np.arange(size)
+    tracked = (index_of or _float16_index)(Rows([rows], _DIM), numbers)
+    names = numbers.astype("U8")
+    source = IndexedSource(Rows([rows], _DIM), Entries(names, names, np.ones(size, np.float32), numbers), tracked, size)
+    probes, _ = _drawn(many, device, seed=1)
+    for count in (1, many):
+        limit = max(2 * _DIM * size / bandwidth, 2 * _DIM * size * count / arithmetic)
+        report.add(f"{size:,} x {count:,}: limit of the device, float16", 1e3 * limit, "ms")
+        for name, work in _ways(source, tracked, kept, probes[:count], top).items():
+            elapsed = seconds(work, device)
+            goal = 1.3 if count == 1 and name == "bare Faiss, float16" else None
+            report.add(f"{size:,} x {count:,}: {name}", 1e3 * elapsed, "ms")
+            report.add(f"{size:,} x {count:,}: {name} / limit", elapsed / limit, "x", at_most=goal)
+    report.add("same best entry as a float32 product, 64 probes", _agreement(source, rows, probes[:64], top), "")
+
+
+def _ways(
+    source: "IndexedSource", tracked: "TrackedIndex", kept: "torch.Tensor", probes: NDArray[np.float32], top: int
+) -> Mapping[str, Callable[[], object]]:
+    from retrieval.gallery.search import Request, search_source
+
+    return {
+        "bare Faiss, float16": lambda: tracked.index.search(probes, top),
+        "flat, fp16, compared again in float32": lambda: search_source(source, probes, Request(top)),
+        "product and topk in PyTorch": lambda: _by_pytorch(kept, probes, top),
+    }
+
+
+def _by_pytorch(kept: "torch.Tensor", probes: NDArray[np.float32], top: int) -> NDArray[np.int64]:
+    import torch
+
+    given = torch.from_numpy(probes).to(kept.device, kept.dtype)
+    best: list[Any] = []
+    for start in range(0, len(kept), _BLOCK_ROWS):
+        scores, places = (given @ kept[start : start + _BLOCK_ROWS].T).topk(min(top, len(kept) - start), dim=1)
+        best.append((scores, places + start))
+    scores, places = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+    found: NDArray[np.int64] = places.gather(1, scores.topk(top, dim=1).indices).cpu().numpy()
+    return found
+
+
+def _drawn(size: int, device: "torch.device", seed: int = 0) -> "tuple[NDArray[np.float32], torch.Tensor]":
+    """(size, D) unit vectors on the host, and in float16 on the device."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = np.empty((size, _DIM), np.float32)
+    kept = torch.empty((size, _DIM), dtype=torch.float16, device=device)
+    for start in range(0, size, _DRAWN_ROWS):
+        count = min(_DRAWN_ROWS, size - start)
+        block = torch.nn.functional.normalize(torch.randn(count, _DIM, generator=generator, device=device))
+        kept[start : start + count] = block
+        rows[start : start + count] = block.cpu().numpy()
+    synchronise(device)
+    return rows, kept
+
+
+def _float16_index(rows: "Rows", numbers: NDArray[np.int64]) -> "TrackedIndex":
+    from retrieval.gallery.on_gpu import on_devices, parse_device
+
+    return on_devices("fp16", None, rows, numbers, parse_device("cuda:0"))
+
+
+def _agreement(source: "IndexedSource", rows: NDArray[np.float32], probes: NDArray[np.float32], top: int) -> float:
+    """Share of probes whose best entry is that of a float32 product over everything, on the host."""
+    from retrieval.gallery.search import Request, search_source
+
+    found = [int(near[0].entry_id) for near in search_source(source, probes, Request(top))]
+    best, score = np.zeros(len(probes), np.int64), np.full(len(probes), -np.inf, np.float32)
+    for start in range(0, len(rows), _DRAWN_ROWS):
+        scores = probes @ rows[start : start + _DRAWN_ROWS].T
+        places = scores.argmax(axis=1)
+        highest = scores[np.arange(len(probes)), places]
+        best = np.where(highest > score, places + start, best)
+        score = np.maximum(score, highest)
+    return float(np.mean(np.array(found) == best))

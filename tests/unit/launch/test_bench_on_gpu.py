@@ -1,0 +1,83 @@
+"""The benchmarks for GPUs, run on the CPU: what they compute does not depend on the device."""
+
+import numpy as np
+import pytest
+import torch
+
+from launch.bench import gallery_on_gpu, head_on_gpu
+from launch.bench.device_limits import copy_rate, product_rate
+from launch.bench.output import Report
+from launch.cli import main
+from retrieval.gallery.on_gpu import sharded_flat
+
+CPU = torch.device("cpu")
+
+
+def figures(report: Report) -> dict[str, float]:
+    return {figure.name: figure.value for figure in report.figures}
+
+
+def test_limits_are_rates():
+    assert 1e7 < copy_rate(CPU, 1 << 20) < 1e13
+    assert 1e6 < product_rate(CPU, 64) < 1e15
+
+
+def test_heads_are_measured_beside_the_peer():
+    report = Report("head", (), {})
+    head_on_gpu.measure_on(CPU, report, batch=8, classes=60, rounds=2, bf16=False)
+    found = figures(report)
+    for name in ("arcface_torch", "plain", "chunked fp32", "chunked bf16"):
+        assert found[f"8 x 60: {name}, pass"] > 0
+    assert {name for name in found if "speed" in name} == {
+        f"8 x 60: {name}, speed of arcface_torch" for name in ("plain", "chunked fp32", "chunked bf16")
+    }
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch, capsys):
+    class Huge(head_on_gpu.Pass):
+        def __call__(self):
+            if self.name == "arcface_torch":
+                raise torch.OutOfMemoryError
+            return super().__call__()
+
+    monkeypatch.setattr(head_on_gpu, "Pass", Huge)
+    report = Report("head", (), {})
+    head_on_gpu.measure_on(CPU, report, batch=8, classes=60, rounds=1, bf16=False)
+    assert "skipped: arcface_torch at 8 x 60 does not fit" in capsys.readouterr().out
+    assert "8 x 60: chunked bf16, pass" in figures(report)
+
+
+def test_exact_search_finds_the_best_of_drawn_vectors():
+    import faiss
+
+    def float16_on_the_cpu(rows, numbers):
+        def make():
+            return faiss.IndexScalarQuantizer(rows.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+
+        return sharded_flat(rows, numbers, [make], use_float16=True, max_list=2048)
+
+    report = Report("gallery", (), {})
+    gallery_on_gpu.measure_on(CPU, report, size=500, top=5, index_of=float16_on_the_cpu, many=70)
+    found = figures(report)
+    assert found["same best entry as a float32 product, 64 probes"] == 1.0
+    for count in (1, 70):
+        for name in ("bare Faiss, float16", "flat, fp16, compared again in float32", "product and topk in PyTorch"):
+            assert found[f"500 x {count}: {name} / limit"] > 0
+
+
+def test_the_product_in_blocks_gives_the_nearest(monkeypatch):
+    monkeypatch.setattr(gallery_on_gpu, "_BLOCK_ROWS", 64)
+    rows, kept = gallery_on_gpu._drawn(200, CPU)
+    probes, _ = gallery_on_gpu._drawn(6, CPU, seed=3)
+    near = gallery_on_gpu._by_pytorch(kept, probes, 4)
+    scores = probes.astype(np.float64) @ rows.T.astype(np.float64)
+    chosen = np.take_along_axis(scores, near, axis=1)
+    best = -np.sort(-scores, axis=1)[:, :4]
+    np.testing.assert_allclose(chosen, best, atol=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("benchmark", ["head", "gallery"])
+def test_a_gpu_that_is_not_there_is_named(benchmark, capsys):
+    assert main(["bench", benchmark, "--device", "cuda"]) == 2
+    assert "cuda" in capsys.readouterr().err
