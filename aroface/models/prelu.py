@@ -68,7 +68,7 @@ class _RowwisePReLU(torch.autograd.Function):
         grad_rows, sums = torch.empty_like(grad), weight.new_zeros(rows.shape[1])
         # What is too large for the cache goes through it block by block, instead of five times from end to end.
         block = max(1, _BLOCK_ELEMENTS // rows.shape[1]) if rows.numel() > _CACHED_ELEMENTS else len(rows)
-        for values, upstream, out in zip(rows.split(block), grad.split(block), grad_rows.split(block), strict=True):
+        for values, upstream, out in zip(*(torch.split(part, block) for part in (rows, grad, grad_rows)), strict=True):
             positive = torch.ops.aten.threshold_backward(upstream, values, 0)
             negative = upstream - positive
             torch.addcmul(positive, negative, slopes, out=out)

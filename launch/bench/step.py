@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contiguous", action="store_true", help="memory layout of the images (default: channels last)"
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the backbone")
+    parser.add_argument(
+        "--layouts",
+        action="store_true",
+        help="instead: plain steps in fp32 and contiguous against bf16 and channels last (and compiled)",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="on CPU (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted steps of every way (%(default)s)")
     parser.add_argument("--ways", default=",".join(_WAYS), metavar="A,B", help="comma-separated, of: %(default)s")
@@ -76,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    if args.layouts:
+        from launch.bench.layouts import compare_layouts
+
+        return compare_layouts(args)
     import torch
 
     bench = StepBench(args, [name.strip() for name in args.ways.split(",")])
@@ -307,7 +317,12 @@ def _config(args: argparse.Namespace, alignment: Mapping[str, Any]) -> "TrainCon
         "batch": {"global_batch": args.batch},
         "optim": {},
         "schedule": {"epochs": 1.0},
-        "engine": {"precision": args.precision, "channels_last": not args.contiguous, "threads": args.threads},
+        "engine": {
+            "precision": args.precision,
+            "channels_last": not args.contiguous,
+            "compile": args.compile,
+            "threads": args.threads,
+        },
     }
     return parse_config(values, TrainConfig, name="the options")
 

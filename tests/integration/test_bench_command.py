@@ -191,6 +191,16 @@ def test_the_step_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "with plain among them" in capsys.readouterr().err
 
 
+def test_the_step_is_measured_in_both_layouts(tmp_path: Path) -> None:
+    out = tmp_path / "layouts.json"
+    small = ["--width", "0.125", "--image-size", "16", "--batch", "8", "--classes", "20", "--rounds", "2"]
+    assert main(["bench", "step", "--layouts", *small, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert list(record["steps"]) == ["fp32, contiguous", "bf16, channels last"]
+    assert record["figures"][-1]["goal"] == 2.0
+    assert record["figures"][-1]["value"] > 0
+
+
 def test_the_peers_deliver_what_we_deliver(tmp_path: Path) -> None:
     from aroface.images import decode_rgb
 
