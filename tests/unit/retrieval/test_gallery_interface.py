@@ -200,12 +200,28 @@ def test_calibrated_thresholds_keep_their_promise(make: Maker) -> None:
         )
         assert point.tpir == hits / 40
     strict, loose = (point.threshold for point in gallery.info.calibration)
-    assert [gallery.fpir_of(s) for s in (strict + 1e-3, strict, loose + 1e-3, loose)] == [0.01, 0.1, 0.1, None]
+    for level in ("entry", "subject"):
+        rates = [gallery.fpir_of(s, level) for s in (strict + 1e-3, strict, loose + 1e-3, loose)]
+        assert rates == [0.01, 0.1, 0.1, None]
+    assert gallery.fpir_of(1.0, "pooled") is None
     with pytest.raises(DataError, match="outside"):
         gallery.calibrate(probes, [1.0])
     with pytest.raises(DataError, match="Add faces of other people"):
         gallery.calibrate(probes.take(np.arange(400, 440)), [0.1])
     assert gallery.add(_vectors(1), ["new"]).info.calibration == gallery.info.calibration
+
+
+def test_a_threshold_holds_at_the_level_that_it_was_found_at(make: Maker) -> None:
+    enrolled = np.repeat(_vectors(30), 4, axis=0) + _vectors(120, seed=1)
+    gallery = make(enrolled, np.arange(120) // 4)
+    strangers = EmbeddingSet(_vectors(400, seed=8), np.arange(1000, 1400))
+    for level in LEVELS:
+        gallery = gallery.calibrate(strangers, [0.1], level=level)
+        for other in LEVELS:
+            alarms = [near[0].score for near in gallery.search(strangers.embeddings, top=1, level=other)]
+            rate = np.mean([gallery.fpir_of(score, other) is not None for score in alarms])
+            assert rate == (0.1 if (level == "pooled") == (other == "pooled") else 0.0)
+            assert bool(gallery.calibration_at(other)) == bool(rate)
 
 
 def test_milvus_leaves_the_handlers_of_others_open(tmp_path: Path) -> None:
