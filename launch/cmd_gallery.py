@@ -1,8 +1,8 @@
 """Build, change, calibrate, search and inspect a gallery of enrolled faces.
 
 Embeddings come from files that `aroface embed` writes. The key of an image is its entry id. Every change of a directory
-replaces the whole gallery at once: a crash leaves the old one or the new one. On Milvus a change of many rows is not one
-transaction. Scores are cosines. docs/galleries.md tells which kind of index to choose, and what it costs.
+replaces the whole gallery at once: a crash leaves the old one or the new one. On Milvus a change of many rows is not
+one transaction. Scores are cosines. docs/galleries.md tells which kind of index to choose, and what it costs.
 """
 
 import argparse
