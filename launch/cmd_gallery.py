@@ -1,8 +1,8 @@
 """Build, change, calibrate, search and inspect a gallery of enrolled faces.
 
-Embeddings come from files that `aroface embed` writes. The key of an image is its entry id. Every change replaces the
-whole gallery at once: a crash leaves the old one or the new one. Scores are cosines. docs/galleries.md tells which kind
-of index to choose, and what it costs.
+Embeddings come from files that `aroface embed` writes. The key of an image is its entry id. Every change of a directory
+replaces the whole gallery at once: a crash leaves the old one or the new one. On Milvus a change of many rows is not
+one transaction. Scores are cosines. docs/galleries.md tells which kind of index to choose, and what it costs.
 """
 
 import argparse
@@ -181,13 +181,13 @@ def _search(args: argparse.Namespace) -> None:
             {
                 "probe": name,
                 "subject_id": subjects.get(name),
-                "candidates": [c._asdict() | {"fpir": gallery.fpir_of(c.score)} for c in candidates],
+                "candidates": [c._asdict() | {"fpir": _fpir(args, gallery, c.score)} for c in candidates],
             }
             for name, candidates in zip(names, found, strict=True)
         ]
         head = {"gallery": gallery.info.name, "top": None if args.all else args.top, "level": args.level}
         write_json(args.out, {**head, "templates": args.templates, "threshold": threshold, "searches": searches})
-    _print_candidates(gallery, names, found)
+    _print_candidates(args, gallery, names, found)
 
 
 def _found(
@@ -224,14 +224,25 @@ def _threshold(args: argparse.Namespace, gallery: "FaceGallery") -> float | None
 
     if args.fpir is None:
         return None if args.threshold is None else float(args.threshold)
-    points = {point.fpir: point.threshold for point in gallery.info.calibration}
-    if args.fpir not in points:
-        known = ", ".join(f"{fpir:g}" for fpir in points) or "none"
+    if args.templates:
         raise ConfigError(
-            f"--fpir {args.fpir:g}: the gallery is not calibrated for it (calibrated: {known}). Run `aroface gallery "
-            "calibrate` first."
+            f"--fpir {args.fpir:g} holds for single probes, not for several searched together (--templates "
+            f"{args.templates}). Give a --threshold, or leave --templates away."
+        )
+    points = {point.fpir: point.threshold for point in gallery.calibration_at(args.level)}
+    if args.fpir not in points:
+        known = ", ".join(f"{point.fpir:g} ({point.level})" for point in gallery.info.calibration) or "none"
+        raise ConfigError(
+            f"--fpir {args.fpir:g}: the gallery is not calibrated for it at --level {args.level} (calibrated: {known}; "
+            "entry and subject share theirs, pooled has its own). Run `aroface gallery calibrate --level "
+            f"{args.level}`."
         )
     return points[args.fpir]
+
+
+def _fpir(args: argparse.Namespace, gallery: "FaceGallery", score: float) -> float | None:
+    """The calibrated rate of a score; None for probes searched together, which no calibration covers."""
+    return None if args.templates else gallery.fpir_of(score, args.level)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -337,11 +348,13 @@ def _summary(gallery: "FaceGallery") -> str:
     return f"{info.name}: {info.count} entries{subjects}, D = {info.dimension}, cosine, index {info.index}{recall}"
 
 
-def _print_candidates(gallery: "FaceGallery", names: list[str], found: "list[list[Candidate]]") -> None:
+def _print_candidates(
+    args: argparse.Namespace, gallery: "FaceGallery", names: list[str], found: "list[list[Candidate]]"
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    is_calibrated = bool(gallery.info.calibration)
+    is_calibrated = bool(gallery.calibration_at(args.level)) and not args.templates
     table = Table(title=f"{len(names)} searches", title_justify="left", caption_justify="left")
     for heading in ("probe", "rank", "subject", "entry", "score", *(["FPIR"] if is_calibrated else [])):
         table.add_column(heading, justify="right" if heading in {"rank", "score"} else "left")
@@ -349,7 +362,7 @@ def _print_candidates(gallery: "FaceGallery", names: list[str], found: "list[lis
         for c in candidates:
             line = [name if c.rank == 1 else "", str(c.rank), c.subject_id, c.entry_id, f"{c.score:.4f}"]
             if is_calibrated:
-                fpir = gallery.fpir_of(c.score)
+                fpir = _fpir(args, gallery, c.score)
                 line.append("" if fpir is None else f"{fpir:g}")
             table.add_row(*line)
         if not candidates:

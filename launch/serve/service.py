@@ -136,7 +136,7 @@ class FaceService:
         if len(self._gallery) == 0:
             raise ConflictError("The gallery is empty; enrol someone first.")
         candidates = self._searching.submit(_Search(self.embed(face), top, level)).result(_ANSWER_TIMEOUT_S)
-        return [Found(candidate, self._gallery.fpir_of(candidate.score)) for candidate in candidates]
+        return [Found(candidate, self._gallery.fpir_of(candidate.score, level)) for candidate in candidates]
 
     def compare(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
         """Cosine of two faces."""

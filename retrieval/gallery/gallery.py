@@ -227,7 +227,8 @@ class Gallery(FaceGallery):
                 missing = sorted(set(wanted) - set(enrolled[found].tolist()))
                 if missing:
                     raise DataError(
-                        f"Gallery {self.directory} has no {what} {listed(missing)}; `aroface gallery info` lists them."
+                        f"Gallery {self.directory} has no {what} {listed(missing)}; `aroface gallery info "
+                        "--entries` lists them."
                     )
                 drop |= found
             return old._changed(drop=drop) if drop.any() else old

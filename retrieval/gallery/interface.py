@@ -197,9 +197,18 @@ class FaceGallery(ABC):
         points = calibrated(found, subjects, self.has_subjects(subjects), probes, fpirs, level, len(self))
         return self._with_calibration(points)
 
-    def fpir_of(self, score: float) -> float | None:
-        """The lowest calibrated false-positive rate at which `score` is accepted; None if at none."""
-        return min((point.fpir for point in self.info.calibration if score > point.threshold), default=None)
+    def calibration_at(self, level: Level) -> tuple[Calibration, ...]:
+        """The calibrated thresholds that hold at a level.
+
+        `entry` and `subject` share theirs, because the first candidate scores the same at both; templates (`pooled`)
+        score otherwise. A threshold was found with single probes: for several fused into one (`search_templates`) it
+        does not hold at any level.
+        """
+        return tuple(p for p in self.info.calibration if (p.level == "pooled") == (level == "pooled"))
+
+    def fpir_of(self, score: float, level: Level) -> float | None:
+        """The lowest false-positive rate, calibrated for `level`, at which `score` is accepted; None if at none."""
+        return min((point.fpir for point in self.calibration_at(level) if score > point.threshold), default=None)
 
     def check_model(self, model_id: str | None, contract: InputContract | None) -> None:
         """Refuse embeddings that are known to come from another model than those enrolled.

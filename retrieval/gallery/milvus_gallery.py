@@ -107,6 +107,9 @@ class MilvusGallery(FaceGallery):
     ) -> Self:
         """Make a collection of (N, D) embeddings. Arguments as `Gallery.build` and `open`.
 
+        It is filled under another name (`_unfinished` behind it) and renamed when it is whole; one that it replaces is
+        dropped just before, so that a build that fails leaves the old one.
+
         Raises:
             DataError: as `Gallery.build`; a collection that exists, without `replace`.
             ConfigError: an index kind that Milvus does not have under this name.
@@ -118,28 +121,33 @@ class MilvusGallery(FaceGallery):
         check_embeddings(embeddings, None)
         if len(embeddings) == 0:
             raise DataError(f"Gallery {uri}: there is no embedding to enrol; give at least one.")
+        count = len(embeddings)
+        subjects, names = _checked_ids(subject_ids, np.arange(count) if entry_ids is None else entry_ids, count, ())
         client = _connect(uri, token)
-        if client.has_collection(collection):
-            if not replace:
-                client.close()
-                raise DataError(
-                    f"Gallery {collection} at {uri} exists already. Add to it, name another one, or replace it "
-                    "(--replace)."
-                )
-            client.drop_collection(collection)
+        if client.has_collection(collection) and not replace:
+            client.close()
+            raise DataError(
+                f"Gallery {collection} at {uri} exists already. Add to it, name another one, or replace it (--replace)."
+            )
         settings = {
             "index": index,
             "dimension": embeddings.shape[1],
             "model_id": model_id,
             "contract": contract.model_dump(mode="json") if contract else None,
         }
-        _create(client, collection, settings, consistency)
-        gallery = cls(client, uri, collection, consistency)
+        unfinished = f"{collection}_unfinished"
+        client.drop_collection(unfinished)  # of a build that was killed; none is no error
         try:
-            return gallery.add(embeddings, subject_ids, entry_ids)
+            _create(client, unfinished, settings, consistency)
+            cls(client, uri, unfinished, consistency).add(embeddings, subjects, names)
         except BaseException:
-            client.drop_collection(collection)
+            client.drop_collection(unfinished)
+            client.close()
             raise
+        client.drop_collection(collection)
+        client.rename_collection(unfinished, collection)
+        client.load_collection(collection)
+        return cls(client, uri, collection, consistency)
 
     def add(
         self,
@@ -157,10 +165,7 @@ class MilvusGallery(FaceGallery):
         numbers = time.time_ns() + np.arange(len(embeddings))  # ascending without asking the other writers
         names = np.asarray(self._free_names(len(embeddings)) if entry_ids is None else entry_ids).astype(np.str_)
         taken = [] if upsert else self._stored("entry_id", names.ravel().tolist())
-        subjects, names = check_ids(subject_ids, names, len(embeddings), taken)
-        too_long = [name for name in (*names.tolist(), *subjects.tolist()) if len(name.encode()) > _MAX_ID]
-        if too_long:
-            raise DataError(f"Ids {listed(too_long)} are longer than {_MAX_ID} bytes, which Milvus does not take.")
+        subjects, names = _checked_ids(subject_ids, names, len(embeddings), taken)
         norms = lengths(embeddings)
         step = max(1, _MESSAGE_BYTES // (4 * self._dimension))
         send = self._client.upsert if upsert else self._client.insert
@@ -280,6 +285,17 @@ class MilvusGallery(FaceGallery):
         self._client.alter_collection_properties(self.collection, properties={_CALIBRATION: text})
         self._calibration = points
         return self
+
+
+def _checked_ids(
+    subject_ids: ArrayLike, entry_ids: ArrayLike, count: int, taken: Collection[str]
+) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+    """As `check_ids`; what is too long for Milvus is refused, too."""
+    subjects, names = check_ids(subject_ids, entry_ids, count, taken)
+    too_long = [name for name in (*names.tolist(), *subjects.tolist()) if len(name.encode()) > _MAX_ID]
+    if too_long:
+        raise DataError(f"Ids {listed(too_long)} are longer than {_MAX_ID} bytes, which Milvus does not take.")
+    return subjects, names
 
 
 def _connect(uri: str, token: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aroface.errors import DataError
 from retrieval.gallery.records import Candidate
 
 __all__ = ["Found", "Request", "Source", "rounding_bound", "search_source"]
@@ -73,7 +74,11 @@ def rounding_bound(dimension: int) -> float:
 
 
 def search_source(source: Source, probes: NDArray[np.float32], request: Request) -> list[list[Candidate]]:
-    """The candidates of each (P, D) unit probe, best first, equal scores by row."""
+    """The candidates of each (P, D) unit probe, best first, equal scores by row.
+
+    Raises:
+        DataError: there are more candidates than the source lists.
+    """
     batches = np.array_split(probes, max(1, -(-len(probes) // _BATCH_PROBES)))
     return [candidates for batch in batches for candidates in _search_batch(source, batch, request)]
 
@@ -94,6 +99,7 @@ def _search_batch(source: Source, probes: NDArray[np.float32], request: Request)
             if wanted < limit and not _is_complete(chosen, float(near.left_out[place]), tolerance, request):
                 open_again.append(probe)
                 continue
+            _check_whole(source, chosen, float(near.left_out[place]), request)
             lists[probe] = chosen if request.top is None else chosen[: request.top]
         unfinished = np.array(open_again, np.int64)
         wanted = min(limit, _LENGTHENING * wanted)
@@ -109,6 +115,21 @@ def _is_complete(chosen: list[Candidate], left_out: float, tolerance: float | No
     if request.top is None or len(chosen) < request.top:
         return False
     return tolerance is None or chosen[request.top - 1].score > left_out + tolerance
+
+
+def _check_whole(source: Source, chosen: list[Candidate], left_out: float, request: Request) -> None:
+    """Refuse to pass off as whole what the longest list of the source cut off.
+
+    A list of the wanted length is whole, but for the order of scores as near to one another as their errors.
+    """
+    if request.top is not None and len(chosen) >= request.top:
+        return
+    if not _is_complete(chosen, left_out, source.tolerance, request):
+        raise DataError(
+            f"A search here lists at most {source.max_list} entries, and {len(chosen)} of them are not all candidates "
+            "of a probe. Give a higher threshold or a shorter list (--top), or search a directory on the CPU, which "
+            "has no such limit."
+        )
 
 
 def _chosen(

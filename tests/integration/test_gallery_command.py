@@ -58,6 +58,8 @@ def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: A
         assert all(c["score"] > record["threshold"] and c["fpir"] == 0.1 for c in search["candidates"])
     first = [[c["subject_id"] for c in s["candidates"][:1]] == [s["subject_id"]] for s in record["searches"]]
     assert np.mean(first) > 0.9
+    run("search", "--probes", mates, "--level", "pooled", "--out", str(out))
+    assert {c["fpir"] for s in json.loads(out.read_text())["searches"] for c in s["candidates"]} == {None}
     run("search", "--probes", mates, "--all", "--threshold", "0.5", "--level", "subject", "--out", str(out))
     assert any(len(search["candidates"]) > 3 for search in json.loads(out.read_text())["searches"])
     for fusion in ("best", "pooled"):
@@ -71,7 +73,9 @@ def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: A
     assert "index hnsw" in run("compact", "--index", "hnsw")
     assert "0 entries outside it" in run("info")
     for options, message in [
-        (["search", gallery, "--probes", mates, "--fpir", "0.01"], "calibrated: 0.1, 0.4"),
+        (["search", gallery, "--probes", mates, "--fpir", "0.01"], "calibrated: 0.1 (entry), 0.4 (entry)"),
+        (["search", gallery, "--probes", mates, "--fpir", "0.1", "--level", "pooled"], "calibrate --level pooled"),
+        (["search", gallery, "--probes", mates, "--fpir", "0.1", "--templates", "best"], "holds for single probes"),
         (["search", gallery, "--probes", mates, "--all"], "give --threshold or --fpir"),
         (["search", gallery, "--probes", strangers, "--templates", "best"], "has no template_ids"),
         (["search", gallery, "--probes", mates, "--device", "cuda:7"], "choose cpu"),

@@ -188,7 +188,7 @@ class TestShards:
             max_list=512,
             stretch_bytes=4 * DIM * 250,
         )
-        assert tracked.index.count() == 5 if devices < 5 else devices  # 1,200 rows in stretches of 250
+        assert tracked.index.count() == (5 if devices < 5 else devices)  # 1,200 rows in stretches of 250
         return IndexedSource(gallery._rows, gallery.entries, tracked, gallery.manifest.next_number)
 
     @pytest.mark.parametrize(("factory", "use_float16"), [("Flat", False), ("SQfp16", True)])
@@ -207,6 +207,14 @@ class TestShards:
                 else gallery.search(probes, top=request.top, level=level)
             )
             assert search_source(source, as_unit(probes), request) == expected
+
+    def test_what_the_longest_list_cuts_off_is_not_passed_off_as_whole(self, built: dict[str, Path]) -> None:
+        source = self._source(Gallery.open(built["flat"]), "Flat", 3, use_float16=False)
+        probes = as_unit(PROBES[:3])
+        for request in (Request(None, threshold=-2.0), Request(513), Request(399, by_subject=True)):
+            with pytest.raises(DataError, match="lists at most 512 entries"):
+                search_source(source, probes, request)
+        assert [len(near) for near in search_source(source, probes, Request(512))] == [512] * 3
 
     def test_devices_are_named_and_checked(self, built: dict[str, Path]) -> None:
         assert parse_device("cpu") == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aroface.contract import InputContract
-from aroface.errors import DataError, ShapeError
+from aroface.errors import ConfigError, DataError, ShapeError
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import FaceGallery, Gallery, MilvusGallery, segments
 
@@ -200,12 +200,91 @@ def test_calibrated_thresholds_keep_their_promise(make: Maker) -> None:
         )
         assert point.tpir == hits / 40
     strict, loose = (point.threshold for point in gallery.info.calibration)
-    assert [gallery.fpir_of(s) for s in (strict + 1e-3, strict, loose + 1e-3, loose)] == [0.01, 0.1, 0.1, None]
+    for level in ("entry", "subject"):
+        rates = [gallery.fpir_of(s, level) for s in (strict + 1e-3, strict, loose + 1e-3, loose)]
+        assert rates == [0.01, 0.1, 0.1, None]
+    assert gallery.fpir_of(1.0, "pooled") is None
     with pytest.raises(DataError, match="outside"):
         gallery.calibrate(probes, [1.0])
     with pytest.raises(DataError, match="Add faces of other people"):
         gallery.calibrate(probes.take(np.arange(400, 440)), [0.1])
     assert gallery.add(_vectors(1), ["new"]).info.calibration == gallery.info.calibration
+
+
+def test_a_threshold_holds_at_the_level_that_it_was_found_at(make: Maker) -> None:
+    enrolled = np.repeat(_vectors(30), 4, axis=0) + _vectors(120, seed=1)
+    gallery = make(enrolled, np.arange(120) // 4)
+    strangers = EmbeddingSet(_vectors(50, seed=8), np.arange(1000, 1050))
+    for level in LEVELS:
+        gallery = gallery.calibrate(strangers, [0.1], level=level)
+        for other in LEVELS:
+            alarms = [near[0].score for near in gallery.search(strangers.embeddings, top=1, level=other)]
+            rate = np.mean([gallery.fpir_of(score, other) is not None for score in alarms])
+            assert rate == (0.1 if (level == "pooled") == (other == "pooled") else 0.0)
+            assert bool(gallery.calibration_at(other)) == bool(rate)
+
+
+@pytest.fixture
+def milvus(tmp_path: Path) -> str:
+    pytest.importorskip("milvus_lite")
+    return str(tmp_path / "m.db")
+
+
+def test_a_collection_is_replaced_by_a_whole_one_only(milvus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = MilvusGallery.build(milvus, _vectors(4), list("abcd"))
+    first.close()
+    refusals: list[tuple[Any, str]] = [
+        (["q", "q"], "occur more than once"),
+        (["q", "x" * 513], "longer than 512 bytes"),
+        (["q"], "one for each is needed"),
+    ]
+    for names, message in refusals:
+        with pytest.raises((DataError, ShapeError), match=message):
+            MilvusGallery.build(milvus, _vectors(2), ["e", "f"], names, replace=True)
+
+    def fail(*_: Any) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MilvusGallery, "add", fail)
+        with pytest.raises(ConnectionError):
+            MilvusGallery.build(milvus, _vectors(2), ["e", "f"], replace=True)
+    left = MilvusGallery.open(milvus)
+    assert {c.subject_id for c in left.search(_vectors(1), top=9)[0]} == set("abcd")
+    left.close()
+    new = MilvusGallery.build(milvus, _vectors(2)[:, :8], ["e", "f"], replace=True)
+    assert {c.subject_id for c in new.search(_vectors(1)[:, :8], top=9)[0]} == {"e", "f"}
+    assert new._client.list_collections() == ["faces"]
+    new.close()
+
+
+@pytest.mark.parametrize("index", ["ivf", "ivf-sq8", "hnsw"])
+def test_milvus_kinds_filters_and_what_is_kept(milvus: str, index: Any) -> None:
+    enrolled, subjects = _vectors(300), [f"dept-{row % 3}/{row}" for row in range(300)]
+    gallery = MilvusGallery.build(milvus, enrolled, subjects, index=index, consistency="Bounded", model_id="m1")
+    gallery.calibrate(EmbeddingSet(_vectors(100, seed=8), np.arange(1000, 1100)), [0.1])
+    thresholds = gallery.info.calibration
+    gallery.close()
+    gallery = MilvusGallery.open(milvus, consistency="Session")
+    assert (gallery.info.index, gallery.info.model_id, gallery.info.calibration) == (index, "m1", thresholds)
+    assert [point.non_mated for point in thresholds] == [100]
+    probes = enrolled[:20] + _vectors(20, seed=3) / 4
+    own = [row for row in range(300) if row % 3 == 1]
+    for row, (anyone, there) in enumerate(
+        zip(
+            gallery.search(probes, top=1),
+            gallery.search_where(probes, 'subject_id like "dept-1/%"', top=3),
+            strict=True,
+        )
+    ):
+        scores = _scores(enrolled, probes[row])
+        assert (anyone[0].entry_id, anyone[0].score) == (str(row), scores[row])
+        assert all(int(c.entry_id) in own and c.score == scores[int(c.entry_id)] for c in there)
+        assert len(there) == 3
+        assert row % 3 != 1 or there[0].entry_id == str(row)
+    with pytest.raises(ConfigError, match="the level pooled has none"):
+        gallery.search_where(probes, "", top=1, level="pooled")
+    gallery.close()
 
 
 def test_milvus_leaves_the_handlers_of_others_open(tmp_path: Path) -> None:
