@@ -13,7 +13,7 @@ from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import segments
 from retrieval.gallery.segments import Batch, Entries, Segment
 from retrieval.gallery.store import Manifest, check_new, is_gallery, read_manifest
-from retrieval.gallery.vectors import as_unit, check_embeddings, check_ids, lengths
+from retrieval.gallery.vectors import as_unit, check_embeddings, check_ids, lengths, listed
 
 __all__ = [
     "Part",
@@ -21,6 +21,7 @@ __all__ = [
     "batches_of",
     "check_part",
     "counted",
+    "enrolled_rows",
     "free_names",
     "more_subjects",
     "opened",
@@ -133,6 +134,32 @@ def free_names(entries: Entries, next_number: int, count: int) -> list[str]:
         start = max((int(name) + 1 for name in entries.entry_ids.tolist() if name.isdecimal()), default=0)
         names = [str(number) for number in range(start, start + count)]
     return names
+
+
+def enrolled_rows(
+    directory: Path, entries: Entries, entry_ids: Collection[str], subject_ids: Collection[str]
+) -> NDArray[np.bool_]:
+    """(N,) rows of the given entries, and of all entries of the given subjects.
+
+    Raises:
+        DataError: an id that is not enrolled.
+    """
+    rows = np.zeros(len(entries), bool)
+    for what, ids, enrolled in (
+        ("entry", entry_ids, entries.entry_ids),
+        ("subject", subject_ids, entries.subject_ids),
+    ):
+        wanted = sorted({str(value) for value in ids})
+        if not wanted:
+            continue
+        found = np.isin(enrolled, wanted)
+        missing = sorted(set(wanted) - set(enrolled[found].tolist()))
+        if missing:
+            raise DataError(
+                f"Gallery {directory} has no {what} {listed(missing)}; `aroface gallery info --entries` lists them."
+            )
+        rows |= found
+    return rows
 
 
 def more_subjects(subjects: NDArray[np.str_], drop: NDArray[np.bool_] | None, new: Batch | None) -> int:

@@ -19,6 +19,7 @@ from retrieval.gallery.enrolment import (
     batches_of,
     check_part,
     counted,
+    enrolled_rows,
     free_names,
     more_subjects,
     opened,
@@ -49,7 +50,7 @@ from retrieval.gallery.store import (
     replace_manifest,
     write_lock,
 )
-from retrieval.gallery.vectors import check_embeddings, listed
+from retrieval.gallery.vectors import check_embeddings
 
 __all__ = ["Gallery"]
 
@@ -225,10 +226,9 @@ class Gallery(FaceGallery):
             subjects, names = check_part(part, taken)
             if not len(names):
                 return old
-            new = batch_of(embeddings, subjects, names, old.manifest.next_number)
             return old._changed(
                 drop=enrolled if upsert and enrolled.any() else None,
-                new=new,
+                new=batch_of(embeddings, subjects, names, old.manifest.next_number),
                 model_id=old.manifest.model_id or model_id,
                 contract=old.manifest.contract or contract,
             )
@@ -237,22 +237,7 @@ class Gallery(FaceGallery):
         """See `FaceGallery.remove`. The embeddings leave the disk at once; codes in an index, with `compact`."""
         with write_lock(self.directory):
             old = self.latest()
-            drop = np.zeros(len(old), bool)
-            for what, ids, enrolled in (
-                ("entry", entry_ids, old.entries.entry_ids),
-                ("subject", subject_ids, old.entries.subject_ids),
-            ):
-                wanted = sorted({str(value) for value in ids})
-                if not wanted:
-                    continue
-                found = np.isin(enrolled, wanted)
-                missing = sorted(set(wanted) - set(enrolled[found].tolist()))
-                if missing:
-                    raise DataError(
-                        f"Gallery {self.directory} has no {what} {listed(missing)}; `aroface gallery info "
-                        "--entries` lists them."
-                    )
-                drop |= found
+            drop = enrolled_rows(self.directory, old.entries, entry_ids, subject_ids)
             return old._changed(drop=drop) if drop.any() else old
 
     def compact(self, index: IndexKind | IndexWish | None = None) -> Self:
@@ -349,10 +334,8 @@ class Gallery(FaceGallery):
     def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
         with write_lock(self.directory):
             old = self.latest()
-            manifest = old.manifest.model_copy(
-                update={"generation": old.manifest.generation + 1, "calibration": points}
-            )
-            replace_manifest(self.directory, manifest)
+            updates = {"generation": old.manifest.generation + 1, "calibration": points}
+            replace_manifest(self.directory, old.manifest.model_copy(update=updates))
             return old.latest()
 
     def _changed(
@@ -412,7 +395,6 @@ class Gallery(FaceGallery):
         outside, removed = self.outside_index
         if outside + removed > _TAIL_SHARE * len(self):
             logger.info(
-                "%s: %d entries are not in the index and %d removed ones still are; `aroface gallery compact` makes it "
-                "anew.",
+                "%s: %d entries are not in the index, %d removed ones still are; `aroface gallery compact` mends that.",
                 *(self.directory, outside, removed),
             )
