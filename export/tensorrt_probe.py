@@ -24,8 +24,14 @@ if state["cuda"]:
     state["compute_capability"] = f"{properties.major}.{properties.minor}"
     state["cuda_version"] = torch.version.cuda
     import tensorrt
+    class Quiet(tensorrt.ILogger):
+        def __init__(self):
+            tensorrt.ILogger.__init__(self)
+        def log(self, severity, message):
+            pass
+    logger = Quiet()
     state["tensorrt_version"] = tensorrt.__version__
-    state["runtime"] = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)) is not None
+    state["runtime"] = tensorrt.Runtime(logger) is not None
 print(json.dumps(state))
 """
 

@@ -10,11 +10,24 @@ from numpy.typing import ArrayLike, NDArray
 
 from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
+from retrieval.gallery import segments
 from retrieval.gallery.segments import Batch, Entries, Segment
 from retrieval.gallery.store import Manifest, check_new, is_gallery, read_manifest
-from retrieval.gallery.vectors import as_unit, check_embeddings, check_ids, lengths
+from retrieval.gallery.vectors import as_unit, check_embeddings, check_ids, lengths, listed
 
-__all__ = ["Part", "batch_of", "batches_of", "check_part", "opened", "part_of", "replaced"]
+__all__ = [
+    "Part",
+    "batch_of",
+    "batches_of",
+    "check_part",
+    "counted",
+    "enrolled_rows",
+    "free_names",
+    "more_subjects",
+    "opened",
+    "parts_of",
+    "replaced",
+]
 
 
 @dataclass(frozen=True)
@@ -26,9 +39,13 @@ class Part:
     entry_ids: ArrayLike | None  #: (n,); None: their numbers
 
 
-def part_of(embeddings: EmbeddingSet) -> Part:
-    """A set whose keys are the entry ids."""
-    return Part(embeddings.embeddings, embeddings.subject_ids, embeddings.keys)
+def parts_of(embeddings: EmbeddingSet) -> Iterator[Part]:
+    """The rows of a set that are enrolled, its keys as entry ids; copied a segment at a time."""
+    for start in range(0, len(embeddings), segments.SEGMENT_ROWS):
+        rows = start + np.flatnonzero(embeddings.enrolled[start : start + segments.SEGMENT_ROWS])
+        if len(rows):
+            keys = None if embeddings.keys is None else embeddings.keys[rows]
+            yield Part(embeddings.embeddings[rows], embeddings.subject_ids[rows], keys)
 
 
 def check_part(part: Part, taken: Collection[str]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
@@ -52,7 +69,7 @@ def batch_of(
 
 
 def batches_of(first: Part, others: Iterable[Part], dimension: int) -> Iterator[Batch]:
-    """Every part as a batch; entries without an id are named by their number.
+    """Every part in batches of at most a segment; entries without an id are named by their number.
 
     Raises:
         DataError: a row without direction, another dimension than the first, an id that repeats within a part.
@@ -63,7 +80,9 @@ def batches_of(first: Part, others: Iterable[Part], dimension: int) -> Iterator[
         count = len(part.embeddings)
         names = np.arange(number, number + count) if part.entry_ids is None else part.entry_ids
         subjects, names = check_ids(part.subject_ids, names, count, ())
-        yield batch_of(part.embeddings, subjects, names, number)
+        for start in range(0, count, segments.SEGMENT_ROWS):
+            rows = slice(start, start + segments.SEGMENT_ROWS)
+            yield batch_of(part.embeddings[rows], subjects[rows], names[rows], number + start)
         number += count
 
 
@@ -89,8 +108,66 @@ def replaced(directory: Path, replace: bool) -> Manifest | None:
 def opened(directory: Path, manifest: Manifest, known: Sequence[Segment] = ()) -> tuple[Manifest, tuple[Segment, ...]]:
     """A state that has been written and not yet committed."""
     before = {segment.record: segment for segment in known}
-    segments = (
+    opened_segments = (
         before.get(record) or Segment.open(directory, record, manifest.dimension, verify=False)
         for record in manifest.segments
     )
-    return manifest, tuple(segments)
+    return manifest, tuple(opened_segments)
+
+
+def counted(manifest: Manifest, entries: Entries) -> Manifest:
+    """The manifest with the counts of freshly written segments, whose entry ids are compared with one another.
+
+    Raises:
+        DataError: an id that repeats.
+    """
+    check_ids(entries.subject_ids, entries.entry_ids, len(entries), ())
+    subjects = len(np.unique(entries.subject_ids))
+    return manifest.model_copy(update={"count": len(entries), "num_subjects": subjects, "next_number": len(entries)})
+
+
+def free_names(entries: Entries, next_number: int, count: int) -> list[str]:
+    """Numbers as names for `count` new entries, none of which is enrolled."""
+    start = next_number
+    names = [str(number) for number in range(start, start + count)]
+    if np.isin(entries.entry_ids, names).any():
+        start = max((int(name) + 1 for name in entries.entry_ids.tolist() if name.isdecimal()), default=0)
+        names = [str(number) for number in range(start, start + count)]
+    return names
+
+
+def enrolled_rows(
+    directory: Path, entries: Entries, entry_ids: Collection[str], subject_ids: Collection[str]
+) -> NDArray[np.bool_]:
+    """(N,) rows of the given entries, and of all entries of the given subjects.
+
+    Raises:
+        DataError: an id that is not enrolled.
+    """
+    rows = np.zeros(len(entries), bool)
+    for what, ids, enrolled in (
+        ("entry", entry_ids, entries.entry_ids),
+        ("subject", subject_ids, entries.subject_ids),
+    ):
+        wanted = sorted({str(value) for value in ids})
+        if not wanted:
+            continue
+        found = np.isin(enrolled, wanted)
+        missing = sorted(set(wanted) - set(enrolled[found].tolist()))
+        if missing:
+            raise DataError(
+                f"Gallery {directory} has no {what} {listed(missing)}; `aroface gallery info --entries` lists them."
+            )
+        rows |= found
+    return rows
+
+
+def more_subjects(subjects: NDArray[np.str_], drop: NDArray[np.bool_] | None, new: Batch | None) -> int:
+    """How many subjects a change brings to those of the (N,) entries, less those it takes away."""
+    added = new.entries.subject_ids if new else subjects[:0]
+    left = subjects if drop is None else subjects[~drop]
+    gone = subjects[:0] if drop is None else subjects[drop]
+    affected = np.unique(np.concatenate([added, gone]))
+    before = np.unique(subjects[np.isin(subjects, affected)])
+    after = np.union1d(left[np.isin(left, affected)], added)
+    return len(after) - len(before)

@@ -13,13 +13,34 @@ from numpy.typing import ArrayLike, NDArray
 from aroface.contract import InputContract
 from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
-from retrieval.gallery.enrolment import Part, batch_of, batches_of, check_part, opened, part_of, replaced
+from retrieval.gallery.enrolment import (
+    Part,
+    batch_of,
+    batches_of,
+    check_part,
+    counted,
+    enrolled_rows,
+    free_names,
+    more_subjects,
+    opened,
+    parts_of,
+    replaced,
+)
 from retrieval.gallery.index import IndexWish, build_index, factory_of, open_index
 from retrieval.gallery.interface import FaceGallery
 from retrieval.gallery.on_gpu import on_devices, parse_device
 from retrieval.gallery.records import Calibration, GalleryInfo, IndexKind, Level
 from retrieval.gallery.search import Source
-from retrieval.gallery.segments import Batch, Entries, Rows, Segment, next_segments, read_state, write_segments
+from retrieval.gallery.segments import (
+    Batch,
+    Entries,
+    Rows,
+    Segment,
+    next_segments,
+    read_state,
+    shared_entries,
+    write_segments,
+)
 from retrieval.gallery.sources import FlatSource, IndexedSource, PooledSource, TrackedIndex
 from retrieval.gallery.store import (
     Manifest,
@@ -29,7 +50,7 @@ from retrieval.gallery.store import (
     replace_manifest,
     write_lock,
 )
-from retrieval.gallery.vectors import check_embeddings, check_ids, listed
+from retrieval.gallery.vectors import check_embeddings
 
 __all__ = ["Gallery"]
 
@@ -141,7 +162,7 @@ class Gallery(FaceGallery):
 
         Rows that failed to enrol are left out; keys become entry ids. Other arguments and errors as `build`.
         """
-        parts = (part_of(one.take(one.enrolled)) for one in sets if one.enrolled.any())
+        parts = (part for one in sets for part in parts_of(one))
         return cls._build(directory, parts, index, model_id, contract, replace)
 
     @classmethod
@@ -174,7 +195,7 @@ class Gallery(FaceGallery):
                 batches = batches_of(first, stream, empty.dimension)
                 segments = tuple(write_segments(directory, empty.generation, 0, batches))
                 built = cls(directory, *opened(directory, empty.model_copy(update={"segments": segments})))
-                manifest = built._indexed(built._counted(), wish)
+                manifest = built._indexed(counted(built.manifest, built.entries), wish)
             except BaseException:
                 remove_unreferenced(directory, old)
                 raise
@@ -196,17 +217,18 @@ class Gallery(FaceGallery):
             old = self.latest()
             old.check_model(model_id, contract)
             check_embeddings(embeddings, old.manifest.dimension)
-            part = Part(embeddings, subject_ids, old._free_names(len(embeddings)) if entry_ids is None else entry_ids)
+            if entry_ids is None:
+                entry_ids = free_names(old.entries, old.manifest.next_number, len(embeddings))
+            part = Part(embeddings, subject_ids, entry_ids)
             names = np.asarray(part.entry_ids).astype(np.str_)
             enrolled = np.isin(old.entries.entry_ids, names)
             taken = () if upsert else old.entries.entry_ids[enrolled].tolist()
             subjects, names = check_part(part, taken)
             if not len(names):
                 return old
-            new = batch_of(embeddings, subjects, names, old.manifest.next_number)
             return old._changed(
                 drop=enrolled if upsert and enrolled.any() else None,
-                new=new,
+                new=batch_of(embeddings, subjects, names, old.manifest.next_number),
                 model_id=old.manifest.model_id or model_id,
                 contract=old.manifest.contract or contract,
             )
@@ -215,22 +237,7 @@ class Gallery(FaceGallery):
         """See `FaceGallery.remove`. The embeddings leave the disk at once; codes in an index, with `compact`."""
         with write_lock(self.directory):
             old = self.latest()
-            drop = np.zeros(len(old), bool)
-            for what, ids, enrolled in (
-                ("entry", entry_ids, old.entries.entry_ids),
-                ("subject", subject_ids, old.entries.subject_ids),
-            ):
-                wanted = sorted({str(value) for value in ids})
-                if not wanted:
-                    continue
-                found = np.isin(enrolled, wanted)
-                missing = sorted(set(wanted) - set(enrolled[found].tolist()))
-                if missing:
-                    raise DataError(
-                        f"Gallery {self.directory} has no {what} {listed(missing)}; `aroface gallery info "
-                        "--entries` lists them."
-                    )
-                drop |= found
+            drop = enrolled_rows(self.directory, old.entries, entry_ids, subject_ids)
             return old._changed(drop=drop) if drop.any() else old
 
     def compact(self, index: IndexKind | IndexWish | None = None) -> Self:
@@ -279,7 +286,8 @@ class Gallery(FaceGallery):
     @cached_property
     def entries(self) -> Entries:
         """Who is enrolled, in the order of enrolment."""
-        return Entries.concatenated([segment.entries for segment in self._segments])
+        whole, self._segments = shared_entries(self._segments)
+        return whole
 
     @property
     def embeddings(self) -> NDArray[np.float32]:
@@ -326,19 +334,9 @@ class Gallery(FaceGallery):
     def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
         with write_lock(self.directory):
             old = self.latest()
-            manifest = old.manifest.model_copy(
-                update={"generation": old.manifest.generation + 1, "calibration": points}
-            )
-            replace_manifest(self.directory, manifest)
+            updates = {"generation": old.manifest.generation + 1, "calibration": points}
+            replace_manifest(self.directory, old.manifest.model_copy(update=updates))
             return old.latest()
-
-    def _free_names(self, count: int) -> list[str]:
-        start = self.manifest.next_number
-        names = [str(number) for number in range(start, start + count)]
-        if np.isin(self.entries.entry_ids, names).any():
-            start = max((int(name) + 1 for name in self.entries.entry_ids.tolist() if name.isdecimal()), default=0)
-            names = [str(number) for number in range(start, start + count)]
-        return names
 
     def _changed(
         self,
@@ -362,7 +360,7 @@ class Gallery(FaceGallery):
                     "generation": generation,
                     "segments": segments,
                     "count": count,
-                    "num_subjects": manifest.num_subjects + self._more_subjects(drop, new),
+                    "num_subjects": manifest.num_subjects + more_subjects(self.entries.subject_ids, drop, new),
                     "next_number": manifest.next_number + (len(new.entries) if new else 0),
                     **updates,
                 }
@@ -393,34 +391,10 @@ class Gallery(FaceGallery):
         )
         return manifest.model_copy(update={"index": wish.kind, "index_record": record})
 
-    def _counted(self) -> Manifest:
-        """The manifest with the counts of freshly written segments, whose entry ids are compared with one another."""
-        entries = self.entries
-        check_ids(entries.subject_ids, entries.entry_ids, len(entries), ())
-        return self.manifest.model_copy(
-            update={
-                "count": len(entries),
-                "num_subjects": len(np.unique(entries.subject_ids)),
-                "next_number": len(entries),
-            }
-        )
-
-    def _more_subjects(self, drop: NDArray[np.bool_] | None, new: Batch | None) -> int:
-        """How many subjects a change brings, less those it takes away."""
-        subjects = self.entries.subject_ids
-        added = new.entries.subject_ids if new else subjects[:0]
-        left = subjects if drop is None else subjects[~drop]
-        gone = subjects[:0] if drop is None else subjects[drop]
-        affected = np.unique(np.concatenate([added, gone]))
-        before = np.unique(subjects[np.isin(subjects, affected)])
-        after = np.union1d(left[np.isin(left, affected)], added)
-        return len(after) - len(before)
-
     def _hint(self) -> None:
         outside, removed = self.outside_index
         if outside + removed > _TAIL_SHARE * len(self):
             logger.info(
-                "%s: %d entries are not in the index and %d removed ones still are; `aroface gallery compact` makes it "
-                "anew.",
+                "%s: %d entries are not in the index, %d removed ones still are; `aroface gallery compact` mends that.",
                 *(self.directory, outside, removed),
             )

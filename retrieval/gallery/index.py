@@ -150,6 +150,8 @@ def open_index(directory: Path, manifest: Manifest) -> TrackedIndex:
     except FileNotFoundError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
+        if not path.exists():  # a writer was faster; Faiss has no error of its own for that
+            raise FileNotFoundError(path) from error
         raise DataError(f"{path} cannot be read: {error}. Make it again with `aroface gallery compact`.") from error
     if (index.ntotal, index.d, len(numbers)) != (record.rows, dimension, record.rows):
         raise DataError(

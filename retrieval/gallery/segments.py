@@ -7,7 +7,7 @@ number stays near the logarithm of the number of changes.
 
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,17 @@ from aroface.errors import DataError
 from aroface.files import atomic_path
 from retrieval.gallery.store import Manifest, SegmentRecord, check_file, read_manifest, record_of
 
-__all__ = ["SEGMENT_ROWS", "Batch", "Entries", "Rows", "Segment", "next_segments", "read_state", "write_segments"]
+__all__ = [
+    "SEGMENT_ROWS",
+    "Batch",
+    "Entries",
+    "Rows",
+    "Segment",
+    "next_segments",
+    "read_state",
+    "shared_entries",
+    "write_segments",
+]
 
 #: Entries in a segment at most: 64 MiB at D = 512, the memory of a writer and the price of removing one entry.
 SEGMENT_ROWS = 1 << 15
@@ -142,6 +152,17 @@ class Rows:
         if len(self.parts) == 1:
             return self.parts[0]
         return np.concatenate([np.zeros((0, self.dimension), np.float32), *self.parts])
+
+
+def shared_entries(segments: Sequence[Segment]) -> tuple[Entries, tuple[Segment, ...]]:
+    """All entries as one, and the segments with views of them in the place of copies."""
+    whole = Entries.concatenated([segment.entries for segment in segments])
+    starts = np.cumsum([0, *(segment.record.rows for segment in segments)]).tolist()
+    views = (
+        replace(segment, entries=whole.take(slice(start, start + segment.record.rows)))
+        for segment, start in zip(segments, starts, strict=False)
+    )
+    return whole, tuple(views)
 
 
 def read_state(

@@ -1,6 +1,6 @@
 """The files of a gallery: what lies in its directory, and how one whole state replaces another.
 
-    manifest.json                  says which files make up the valid state; replaced last, by a rename
+    manifest.json                  says which files make up the valid state, and its own checksum; replaced last
     embeddings-GGGGGGGG-SSSS.npy   (n, D) float32, unit length: one segment of at most `SEGMENT_ROWS` entries
     entries-GGGGGGGG-SSSS.npz      entry_ids, subject_ids (n,) strings; norms (n,) before normalisation; numbers (n,)
     index-GGGGGGGG.faiss           of the approximate kinds
@@ -15,12 +15,14 @@ they opened, and start over when a writer replaced the manifest meanwhile.
 """
 
 import fcntl
+import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,9 +47,10 @@ __all__ = [
     "write_lock",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
+_CHECKSUM = "sha256"
 _LOCK_NAME = ".lock"
 _DATA_FILE = r"(embeddings|entries|index|indexed)-\d{8}(-\d{4,})?\.(npy|npz|faiss)"
 _OWN_FILE = re.compile(rf"{_DATA_FILE}|\.({_DATA_FILE}|manifest\.json)\..+\.tmp")
@@ -89,7 +92,7 @@ class IndexRecord(_Record):
 class Manifest(_Record):
     """What `manifest.json` says."""
 
-    format_version: Literal[2] = Field(description="of this directory layout")
+    format_version: Literal[3] = Field(description="of this directory layout")
     gallery_id: str = Field(pattern=r"^[0-9a-f]{32}$", description="drawn when the gallery was made")
     generation: int = Field(ge=1, description="grows by one with every change")
     dimension: int = Field(ge=1, description="D of the embeddings")
@@ -166,8 +169,14 @@ def write_lock(directory: Path) -> Iterator[None]:
 
 def replace_manifest(directory: Path, manifest: Manifest) -> None:
     """Make `manifest` the state of `directory`, then delete the files it does not name. The caller holds the lock."""
-    write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    value = manifest.model_dump(mode="json")
+    write_json(directory / MANIFEST_NAME, {**value, _CHECKSUM: _checksum(value)})
     remove_unreferenced(directory, manifest)
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def remove_unreferenced(directory: Path, manifest: Manifest | None) -> None:
@@ -195,7 +204,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of `directory`.
 
     Raises:
-        DataError: no gallery there, or one of another format.
+        DataError: no gallery there, a damaged manifest, or one of another format.
     """
     if not is_gallery(directory):
         raise DataError(f"{directory} is no gallery (no {MANIFEST_NAME} in it); make one with `aroface gallery build`.")
@@ -204,6 +213,11 @@ def read_manifest(directory: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise DataError(
             f"Gallery {directory} has format_version {version}; this aroface reads {FORMAT_VERSION}. Build it again."
+        )
+    if value.pop(_CHECKSUM, None) != _checksum(value):
+        raise DataError(
+            f"{directory / MANIFEST_NAME} is damaged: its checksum is not that of what it says. Restore it from a "
+            "copy, or build the gallery again."
         )
     try:
         return Manifest.model_validate(value)

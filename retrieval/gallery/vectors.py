@@ -10,7 +10,7 @@ from aroface.errors import DataError, ShapeError
 
 __all__ = ["as_unit", "check_embeddings", "check_ids", "lengths", "listed", "unit_blocks"]
 
-_BLOCK_ROWS = 1 << 12
+_BLOCK_ROWS = 1 << 10
 _NAMED_ROWS = 5
 
 
@@ -85,7 +85,12 @@ def unit_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
 
 def as_unit(embeddings: NDArray[Any]) -> NDArray[np.float32]:
     """(N, D) rows scaled to length 1."""
-    return np.concatenate([np.zeros((0, embeddings.shape[1]), np.float32), *unit_blocks(embeddings)])
+    unit = np.empty(embeddings.shape, np.float32)
+    start = 0
+    for block in unit_blocks(embeddings):
+        unit[start : start + len(block)] = block
+        start += len(block)
+    return unit
 
 
 def _float64_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float64]]:

@@ -13,9 +13,10 @@ from export.engine_record import BatchProfile
 from export.metadata import Precision
 from export.parity import check_parity, synthetic_faces
 from export.runtime import OnnxEmbedder
+from export.tensorrt_probe import require_tensorrt
 from export.tensorrt_runtime import open_engine
 from export.to_onnx import OnnxSettings, make_onnx
-from export.to_tensorrt import EngineSettings, export_tensorrt
+from export.to_tensorrt import EngineSettings, export_tensorrt, opset_for
 from tests.helpers.checkpoints import IMAGE_SIZE, tiny_model
 
 pytestmark = [
@@ -31,7 +32,8 @@ def test_an_engine_gives_the_embeddings_of_the_checkpoint(tmp_path: Path, precis
     pytest.importorskip("tensorrt")
     model = tiny_model("bgr")
     path, cache = tmp_path / "model.engine", tmp_path / "timing.cache"
-    proto = make_onnx(model, OnnxSettings(precision=precision, quantisation="tensorrt"), FACES)
+    opset = opset_for(require_tensorrt().tensorrt_release, precision)
+    proto = make_onnx(model, OnnxSettings(precision=precision, quantisation="tensorrt", opset_version=opset), FACES)
     gate = AccuracyGate(lambda embedder: {"rank_1": 0.5}, "none") if precision == "int8" else None
     settings = EngineSettings(PROFILES, timing_cache=cache)
     reference = TorchEmbedder(tiny_model("bgr"), device="cpu")

@@ -59,6 +59,35 @@ def test_int8_is_calibrated_gated_reported_and_run(
     assert not out.exists()
 
 
+@pytest.mark.slow
+def test_the_gate_of_another_precision_is_reported(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, faces = tmp_path / "fp16.onnx", str(place / "faces")
+    command = ["export", str(place / "run"), "--out", str(out), "--precision", "fp16", "--accuracy-set", faces]
+    assert main([*command, *GATE]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.with_name("fp16.onnx.json").read_text())
+    assert (report["precision"], report["calibration"], report["quantisation"]) == ("fp16", None, None)
+    assert report["parity"]["cosine_limit"] == 0.999
+    assert report["accuracy"]["set"] == faces
+    names = ["rank_1", "tar@far=0.05", "tpir@fpir=0.1"]
+    assert [entry["name"] for entry in report["accuracy"]["metrics"]] == names
+    assert all(name in printed for name in names)
+    assert all(abs(entry["checkpoint"] - entry["exported"]) <= 0.5 for entry in report["accuracy"]["metrics"])
+
+
+@pytest.mark.slow
+def test_int8_is_calibrated_on_shards(place: Path, tmp_path: Path) -> None:
+    shards, out = str(tmp_path / "shards"), tmp_path / "int8.onnx"
+    assert main(["pack", str(place / "faces"), shards]) == 0
+    command = ["export", str(place / "run"), "--out", str(out), "--precision", "int8", "--calibration", shards]
+    assert main([*command, "--calibration-faces", "40", "--accuracy-set", shards, *GATE]) == 0
+    report = json.loads(out.with_name("int8.onnx.json").read_text())
+    assert report["calibration"] == {"set": shards, "faces": 40}
+    assert report["accuracy"]["set"] == shards
+
+
 def test_a_bf16_file_runs_on_openvino_only(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bf16.onnx"
     assert main(["export", str(place / "run"), "--out", str(out), "--precision", "bf16"]) == 0

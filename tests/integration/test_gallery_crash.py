@@ -120,6 +120,38 @@ def test_changes(tmp_path: Path, rounds: int) -> None:
     assert rounds < 30 or len(kinds) == 6
 
 
+def test_readers_beside_a_writer_see_whole_states_only(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {}
+    exec(_CHANGES, changes)  # noqa: S102 - as above
+    directory, ids = tmp_path / "g", ["900001", "900002"]
+    Gallery.build(directory, changes["vectors"](ids), ids, ids, index="hnsw")
+    states = {1: ids}
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(directory), "0"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        seen, start = set(), time.monotonic()
+        while time.monotonic() < start + (2.5 if len(seen) >= 3 else 30):
+            gallery = Gallery.open(directory, verify=len(seen) % 2 == 0)
+            generation = gallery.manifest.generation
+            while len(states) < generation:  # every change is one generation
+                states[len(states) + 1] = changes["after"](states[len(states)], len(states) - 1)
+            assert gallery.entries.entry_ids.tolist() == states[generation]
+            probes = states[generation][:: max(1, len(gallery) // 8)]
+            found = gallery.search(changes["vectors"](probes), top=1)
+            assert [near[0].entry_id for near in found] == probes
+            seen.add(generation)
+        assert writer.poll() is None
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert len(seen) >= 3
+
+
 @pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_first_build(tmp_path: Path, rounds: int) -> None:
     delays = random.Random(1)

@@ -71,11 +71,12 @@ def test_imported_weights_can_be_neither_resumed_nor_attacked(tmp_path, imported
 @pytest.mark.parametrize(
     ("shapes", "options", "prefix"),
     [
+        (layouts.iresnet(18, width=8, dim=16, side=2), [], ""),
         (layouts.ir(18, width=8, dim=16, side=2), ["--colour-order", "bgr"], "model."),
         (layouts.mobilefacenet(dim=16, side=2), [], ""),
         (layouts.vit(32, 2, size=36, dim=16), ["--heads", "4"], "module."),
     ],
-    ids=["ir", "mobilefacenet", "vit"],
+    ids=["iresnet", "ir", "mobilefacenet", "vit"],
 )
 def test_every_kind_exports_to_onnx_with_the_same_embeddings(tmp_path, shapes, options, prefix):
     state = layouts.behind(prefix, layouts.random_state(shapes))

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import export.tensorrt_probe
 import export.tensorrt_runtime
@@ -279,6 +281,20 @@ def test_without_tensorrt_the_message_says_where_to_build(monkeypatch: pytest.Mo
     monkeypatch.setattr(export.tensorrt_probe.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install tensorrt.*--to tensorrt --out MODEL\.engine"):
         require_tensorrt()
+
+
+def test_the_program_of_the_probe_uses_no_names_but_those_of_the_bindings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="Stand-in 1", major=9, minor=0)
+    )
+    exec(export.tensorrt_probe._PROGRAM, {})  # noqa: S102 - the program itself
+    state = json.loads(capsys.readouterr().out)
+    assert state["tensorrt_version"] == stand_in.__version__
+    assert (state["runtime"], state["compute_capability"]) == (True, "9.0")
 
 
 def test_the_program_of_the_probe_runs_here() -> None:

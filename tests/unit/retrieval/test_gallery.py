@@ -9,8 +9,9 @@ import pytest
 
 from aroface.contract import InputContract
 from aroface.errors import DataError, ShapeError
+from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import Gallery
-from retrieval.gallery.store import write_lock
+from retrieval.gallery.store import read_manifest, write_lock
 
 RGB = InputContract(image_size=112, colour_order="rgb")
 BGR = InputContract(image_size=112, colour_order="bgr")
@@ -157,14 +158,30 @@ def test_a_flipped_byte_is_found(tmp_path: Path, pattern: str) -> None:
         Gallery.open(tmp_path / "g")
 
 
+def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    gallery = Gallery.build(tmp_path / "g", _vectors(50), np.arange(50), model_id="m1", contract=RGB)
+    strangers = EmbeddingSet(_vectors(40, seed=1), np.arange(100, 140))
+    gallery = gallery.calibrate(strangers, [0.1])
+    path = tmp_path / "g" / "manifest.json"
+    data = path.read_bytes()
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="Build it again|build the gallery again|cannot be read as JSON"):
+            read_manifest(tmp_path / "g")
+    path.write_bytes(data)
+    assert Gallery.open(tmp_path / "g").manifest == gallery.manifest
+
+
 def test_missing_files_and_other_formats_are_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="make one with `aroface gallery build`"):
         Gallery.open(tmp_path)
     gallery = Gallery.build(tmp_path / "g", _vectors(2), ["a", "b"])
     manifest = tmp_path / "g" / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"format_version": 2', '"format_version": 99'))
-    with pytest.raises(DataError, match="format_version 99; this aroface reads 2"):
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": 99'))
+    with pytest.raises(DataError, match="format_version 99; this aroface reads 3"):
         Gallery.open(tmp_path / "g")
     manifest.write_text(text)
     (tmp_path / "g" / gallery.manifest.segments[0].embeddings.name).unlink()

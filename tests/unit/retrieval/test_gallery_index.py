@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,26 @@ def test_an_index_of_another_gallery_is_refused(built: dict[str, Path], tmp_path
         Gallery.open(tmp_path / "g", verify=False)
 
 
+def test_a_writer_that_is_faster_than_the_opening(
+    built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faiss
+
+    shutil.copytree(built["hnsw"], tmp_path / "g")
+    read_index, opened = faiss.read_index, []
+
+    def slow(path: str, flags: int) -> Any:
+        opened.append(path)
+        if len(opened) == 1:  # compact deletes the file, and opens its own
+            Gallery.open(tmp_path / "g", verify=False).compact()
+        return read_index(path, flags)
+
+    monkeypatch.setattr(faiss, "read_index", slow)
+    gallery = Gallery.open(tmp_path / "g")
+    assert gallery.manifest.generation == 2
+    assert not Path(opened[0]).exists()
+
+
 @pytest.mark.parametrize("pattern", ["index-*", "indexed-*"])
 def test_a_flipped_byte_of_an_index_is_found(built: dict[str, Path], tmp_path: Path, pattern: str) -> None:
     shutil.copytree(built["hnsw"], tmp_path / "g")
@@ -169,6 +190,34 @@ def test_sizes_of_clusters_and_codes() -> None:
     assert factory_of("ivf-pq", 1_000_000, 512) == "IVF2048,PQ128x4fs"
     assert factory_of("pq", 5000, 9) == "PQ3x4fs"
     assert factory_of("hnsw-sq8", 10, 64) == "HNSW32_SQ8"
+
+
+def _stand_in_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> set[int]:
+    """Indexes of the CPU under the names that Faiss has for GPUs; returns the numbers of those that are used."""
+    import faiss
+
+    used: set[int] = set()
+
+    def flat(resources: Any, dimension: int, config: SimpleNamespace) -> Any:
+        used.add(config.device)
+        return faiss.index_factory(dimension, "SQfp16" if config.useFloat16 else "Flat", faiss.METRIC_INNER_PRODUCT)
+
+    def moved(resources: list[Any], index: Any, options: SimpleNamespace, devices: list[int]) -> Any:
+        assert len(resources) == len(devices)
+        assert options.shard
+        used.update(devices)
+        return faiss.clone_index(index)
+
+    for name, value in {
+        "get_num_gpus": lambda: count,
+        "StandardGpuResources": object,
+        "GpuIndexFlatConfig": SimpleNamespace,
+        "GpuIndexFlatIP": flat,
+        "GpuMultipleClonerOptions": SimpleNamespace,
+        "index_cpu_to_gpu_multiple_py": moved,
+    }.items():
+        monkeypatch.setattr(faiss, name, value, raising=False)
+    return used
 
 
 class TestShards:
@@ -215,6 +264,26 @@ class TestShards:
             with pytest.raises(DataError, match="lists at most 512 entries"):
                 search_source(source, probes, request)
         assert [len(near) for near in search_source(source, probes, Request(512))] == [512] * 3
+
+    @pytest.mark.parametrize("kind", ["flat", "fp16", "ivf", "ivf-fp16", "ivf-sq8"])
+    def test_a_gallery_on_devices_finds_what_it_finds_on_the_cpu(
+        self, built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        used = _stand_in_devices(monkeypatch, 3)
+        shutil.copytree(built[kind], tmp_path / "g")
+        on_cpu = Gallery.open(tmp_path / "g")
+        gallery = Gallery.open(tmp_path / "g", device="cuda:0,2")
+        for level in ("entry", "subject"):
+            assert gallery.search(PROBES, top=7, level=level) == on_cpu.search(PROBES, top=7, level=level)
+        assert used == {0, 2}
+        used.clear()
+        for change in (lambda g: g.add(PROBES[:1], ["x"], ["new"]), lambda g: g.remove(subject_ids=["3", "5"])):
+            gallery, on_cpu = change(gallery), Gallery.open(tmp_path / "g")
+            assert gallery.search(PROBES, top=7) == on_cpu.search(PROBES, top=7)
+            assert used == {0, 2}  # filled anew, on the same devices
+            used.clear()
+        assert Gallery.open(tmp_path / "g", device="cuda").search(PROBES, top=7) == on_cpu.search(PROBES, top=7)
+        assert used == {0, 1, 2}
 
     def test_devices_are_named_and_checked(self, built: dict[str, Path]) -> None:
         assert parse_device("cpu") == []

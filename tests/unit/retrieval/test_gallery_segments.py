@@ -1,5 +1,6 @@
 """Segments: what a change writes, and what it leaves alone."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,46 @@ def test_streamed_sets_equal_one_build(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "t").iterdir()] == [".lock"]
     with pytest.raises(DataError, match="give at least one"):
         Gallery.build_from(tmp_path / "u", [])
+
+
+@pytest.mark.parametrize("entry", ["one array", "one set", "a set with failures"])
+def test_building_copies_segments_and_never_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_ROWS", 512)
+    vectors = np.random.default_rng(0).standard_normal((12_000, 512), np.float32)
+    if entry == "a set with failures":
+        vectors[::1000] = 0
+    one_set = EmbeddingSet(vectors, np.arange(12_000))
+    Gallery.build(tmp_path / "first", vectors[1:2], [0])  # imports what it needs
+    tracemalloc.start()
+    if entry == "one array":
+        Gallery.build(tmp_path / "g", vectors, np.arange(12_000))
+    else:
+        Gallery.build_from(tmp_path / "g", [one_set])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.5 * vectors.nbytes
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_opened_gallery_maps_its_vectors_and_holds_its_ids_once(tmp_path: Path, verify: bool) -> None:
+    vectors = np.random.default_rng(0).standard_normal((800, 2048), np.float32)
+    names = np.array([f"{row:0400d}" for row in range(800)])
+    Gallery.build(tmp_path / "g", vectors, names, names).search(vectors[0], top=1)  # imports what it needs
+    tracemalloc.start()
+    gallery = Gallery.open(tmp_path / "g", verify=verify)
+    _, peak = tracemalloc.get_traced_memory()
+    rows = gallery._rows
+    gallery.search(vectors[0], top=1)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    ids = 2 * names.nbytes
+    assert len(rows.parts) == 50
+    assert all(isinstance(part, np.memmap) for part in rows.parts)
+    assert peak < ids + 0.3 * vectors.nbytes
+    assert held < 1.5 * ids + 0.1 * vectors.nbytes
+    np.testing.assert_array_equal([len(part.entries) for part in gallery._segments], 16)
 
 
 def test_damage_is_not_copied_into_a_new_segment(tmp_path: Path) -> None:
