@@ -92,6 +92,12 @@ def test_2n_steps_are_n_steps_and_a_resume_bit_for_bit(two_ranks, name):
     assert all(math.isfinite(loss) for loss in two_ranks[0][f"whole {name}"].losses)
 
 
+def test_an_attack_leaves_the_order_of_the_data_alone(tmp_path):
+    runs = {kind: train(tmp_path / kind, *LIVELY, f"alignment.kind={kind}") for kind in ("none", "adversarial")}
+    assert runs["none"].delivered == runs["adversarial"].delivered
+    assert runs["none"].losses != runs["adversarial"].losses
+
+
 ELASTIC = (*COMPARABLE, PARTITIONED, ADAFACE.replace("sample_rate: 0.5", "sample_rate: 1.0"))
 
 
