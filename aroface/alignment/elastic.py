@@ -2,7 +2,7 @@
 
 A coarse lattice of displacements is interpolated by uniform cubic B-splines: `x_in = s R(phi) x_out + t + u(x_out)`.
 The splines are non-negative and sum to one, so no pixel moves farther than the largest displacement of the lattice, and
-the local part cannot fold while that stays below 0.48 of the spacing (Choi and Lee, "Injectivity conditions of 2D and
+the local part cannot fold while that stays below 0.4886 of the spacing (Choi and Lee, "Injectivity conditions of 2D and
 3D uniform cubic B-spline functions", 2000); the configuration keeps to it.
 
 Source of the idea: DArFace, arXiv:2505.08423, which adds an elastic field to the global parameters. There it is a

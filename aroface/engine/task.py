@@ -208,8 +208,8 @@ def _check_share(config: TrainConfig, micro_batch: int) -> None:
         clean, warped = release_counts(micro_batch, alignment.share)
         raise ConfigError(
             f"alignment.release_compat with alignment.share = {alignment.share} makes {clean} + {warped} of "
-            f"{micro_batch} images, where the published code stops as well; use a share of 0.25 or 0.5 and a batch "
-            "that it divides, or release_compat: false."
+            f"{micro_batch} images, where the published code stops as well; use a multiple of 1/8 and a "
+            "batch that 8 divides (0.25: 4, 0.5: 2), or release_compat: false."
         )
     has_pass = alignment.kind in ("adversarial", "best_of", "elastic") or alignment.consistency_weight > 0
     if count == 1 and has_pass and alignment.batch_statistics == "batch":

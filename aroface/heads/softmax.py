@@ -135,6 +135,12 @@ class _ClassTerms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        # A caller may form gradients inside of autocast too, whose products would be those of half precision.
+        with torch.autocast(grad_outputs[0].device.type, enabled=False):
+            return *_ClassTerms._gradients(ctx, *grad_outputs), None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
         embeddings, weights, targets, total = ctx.saved_tensors
         settings: SoftmaxSettings = ctx.settings
         # Rows without a single negative have the value -inf and no gradient.
@@ -157,7 +163,7 @@ class _ClassTerms(torch.autograd.Function):
                 through_length(product(shares.T, weighted), chunk.unit, chunk.lengths, out=out)
         grad_embeddings *= factor
         add_target_gradient(embeddings, weights, targets, grad_outputs[1], grad_embeddings, grad_weights)
-        return grad_embeddings, grad_weights, None, None
+        return grad_embeddings, grad_weights
 
 
 def _logsumexp_(logits: Tensor) -> Tensor:

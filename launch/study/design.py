@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, model_validator
 
@@ -30,6 +31,7 @@ class StudyConfig(Section):
     """One study, complete but for the training recipe that it names."""
 
     base: str = Field(description="training configuration, relative to this file; its head and alignment are replaced")
+    base_on_gpu: str | None = Field(None, description="the same for a machine with a CUDA device; null: base")
     seeds: list[int] = Field(min_length=1, description="each arm is trained once with each")
     heads: dict[str, HeadConfig] = Field(min_length=1)
     alignments: dict[str, AlignmentConfig] = Field(min_length=1)
@@ -129,16 +131,23 @@ class Study:
         return extra_passes(self.config.alignments[alignment])
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path, *, has_gpu: bool | None = None) -> Study:
     """Read a study file and the recipe beside it.
+
+    Args:
+        path: of the study.
+        has_gpu: whether to take `base_on_gpu`; None: where there is a CUDA device.
 
     Raises:
         ConfigError: settings that are wrong or unknown, or a recipe that is not there.
     """
     config = load_config(path, StudyConfig)
-    base = path.parent / config.base
+    key, name = "base", config.base
+    if config.base_on_gpu is not None and (torch.cuda.is_available() if has_gpu is None else has_gpu):
+        key, name = "base_on_gpu", config.base_on_gpu
+    base = path.parent / name
     if not base.is_file():
-        raise ConfigError(f"{path}: base = {config.base} is not a file beside it; name the training configuration.")
+        raise ConfigError(f"{path}: {key} = {name} is not a file beside it; name the training configuration.")
     return Study(config, base)
 
 
@@ -146,15 +155,21 @@ def extra_passes(config: AlignmentConfig) -> float:
     """Passes that an attack adds to a plain step of 3, in units of one forward pass of the whole batch.
 
     A sign step is a forward and a data-gradient pass of the attacked share; a candidate is a forward pass of it; the
-    delayed attack reads the gradient that the main pass forms anyway.
+    delayed attack reads the gradient that the main pass forms anyway. `release_compat` attacks the whole batch, and has
+    no consistency term; elsewhere that term adds a forward pass of the share.
     """
+    if config.kind == "none":
+        return 0.0
+    if config.release_compat:
+        return 2.0 * config.steps
+    consistency = config.share if config.consistency_weight > 0 else 0.0
     match config.kind:
-        case "none" | "random" | "delayed":
-            return 0.0
+        case "random" | "delayed":
+            return consistency
         case "best_of":
-            return config.candidates * config.share
+            return consistency + config.candidates * config.share
         case _:
-            return 2.0 * config.steps * config.share
+            return consistency + 2.0 * config.steps * config.share
 
 
 def _as_yaml(value: Any) -> str:

@@ -35,7 +35,12 @@ def to_json(summary: Summary) -> dict[str, Any]:
         }
         for row in summary.rows
     ]
-    return {"finished_runs": summary.finished, "planned_runs": summary.planned, "rows": rows}
+    return {
+        "finished_runs": summary.finished,
+        "planned_runs": summary.planned,
+        "unsupported": list(summary.unsupported),
+        "rows": rows,
+    }
 
 
 def to_markdown(study: Study, summary: Summary, *, command: str, machine: Mapping[str, str]) -> str:
@@ -52,13 +57,21 @@ def to_markdown(study: Study, summary: Summary, *, command: str, machine: Mappin
         f"{', '.join(map(str, study.config.sizes_px))} px (LFW-LQ). Misaligned: mean Rank-1 over severities 0 to 1 of "
         f"FAE-1, {study.config.fae_probes} probes. Values are percent, mean ± standard deviation over seeds. "
         "Differences are percentage points, paired by seed, with the 95 % interval of Student's t; an interval that "
-        "holds 0 shows nothing.",
+        f"holds 0 shows nothing. Rows named `{ALL_HEADS}` count every head and seed as a pair of its own, although two "
+        "heads with one seed see the same data in the same order: their intervals are rather too narrow.",
     ]
+    if summary.unsupported:
+        names = ", ".join(METRICS[name] for name in summary.unsupported)
+        lines += [
+            "",
+            f"\\* {names}: fewer than 30 false accepts stand behind the threshold of a run, so the value is not "
+            "statistically supported, whatever its interval over seeds; no conclusion rests on it.",
+        ]
     for budget in study.config.budgets:
         rows = [row for row in summary.rows if row.budget == budget]
-        lines += ["", f"## {_BUDGETS[budget][0].upper()}{_BUDGETS[budget][1:]}", "", *_values_table(rows)]
+        lines += ["", f"## {_BUDGETS[budget][0].upper()}{_BUDGETS[budget][1:]}", "", *_values_table(rows, summary)]
         for reference in study.config.references:
-            lines += ["", f"Minus `{reference}`:", "", *_differences_table(rows, reference)]
+            lines += ["", f"Minus `{reference}`:", "", *_differences_table(rows, reference, summary)]
     return "\n".join(lines) + "\n"
 
 
@@ -109,8 +122,12 @@ def _panel(axes: Any, rows: list[Row], names: list[str], heads: list[str], refer
     axes.tick_params(colors=INK, labelsize=9)
 
 
-def _values_table(rows: list[Row]) -> list[str]:
-    lines = [f"| head | alignment | epochs | {' | '.join(METRICS.values())} |", f"|---|---|---|{'---|' * len(METRICS)}"]
+def _headings(summary: Summary) -> str:
+    return " | ".join(text + (" \\*" if name in summary.unsupported else "") for name, text in METRICS.items())
+
+
+def _values_table(rows: list[Row], summary: Summary) -> list[str]:
+    lines = [f"| head | alignment | epochs | {_headings(summary)} |", f"|---|---|---|{'---|' * len(METRICS)}"]
     for row in rows:
         if row.values:
             cells = (_mean_and_spread(row.values[name]) for name in METRICS)
@@ -118,8 +135,8 @@ def _values_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _differences_table(rows: list[Row], reference: str) -> list[str]:
-    lines = [f"| head | alignment | pairs | {' | '.join(METRICS.values())} |", f"|---|---|---|{'---|' * len(METRICS)}"]
+def _differences_table(rows: list[Row], reference: str, summary: Summary) -> list[str]:
+    lines = [f"| head | alignment | pairs | {_headings(summary)} |", f"|---|---|---|{'---|' * len(METRICS)}"]
     for row in rows:
         found = row.differences.get(reference)
         if found:

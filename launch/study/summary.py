@@ -61,6 +61,7 @@ class Summary:
     rows: Sequence[Row]
     finished: int
     planned: int
+    unsupported: Sequence[str] = ()  #: metrics that too few false matches stand behind in a run at least
 
 
 def summarise(study: Study, out: Path) -> Summary:
@@ -96,7 +97,9 @@ def summarise(study: Study, out: Path) -> Summary:
                 if reference != alignment
             }
             rows.append(Row(budget, ALL_HEADS, alignment, rows[-1].epochs, {}, together))
-    return Summary(rows, len(found), len(runs))
+    directories = [run_directory(out, run) for run in runs if (run.arm, run.seed) in found]
+    unsupported = [name for name in METRICS if any(not _is_supported(directory, name) for directory in directories)]
+    return Summary(rows, len(found), len(runs), unsupported)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -122,6 +125,13 @@ def _differences(
     if not pairs:
         return {}
     return {name: paired([a[name] for a, _ in pairs], [b[name] for _, b in pairs]) for name in METRICS}
+
+
+def _is_supported(directory: Path, name: str) -> bool:
+    """Whether the evaluation says that a rate at a false accept rate is one that can be told (rule of 30)."""
+    if name != "tar":
+        return True
+    return bool(read_json(directory / RESULTS["lfw-lq"])["metrics"]["tar@far=1e-2"].get("supported", True))
 
 
 def _values(directory: Path) -> dict[str, float]:

@@ -37,7 +37,8 @@ def test_loads_builds_and_survives_a_round_trip(path):
     assert sum(p.numel() for p in backbone.parameters()) > 0
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_run_of_a_study_is_a_whole_configuration(path):
-    names = [run.name for run in load_study(path).runs()]  # each is checked on the way
+def test_every_run_of_a_study_is_a_whole_configuration(path, has_gpu):
+    names = [run.name for run in load_study(path, has_gpu=has_gpu).runs()]  # each is checked on the way
     assert len(set(names)) == len(names) > 0

@@ -174,6 +174,12 @@ def test_evaluations_on_two_ranks_are_those_of_one_and_training_does_not_notice(
     assert best[0] == best[1]
 
 
+def test_an_attack_leaves_the_order_of_the_data_alone(tmp_path):
+    runs = {kind: train(tmp_path / kind, *LIVELY, f"alignment.kind={kind}") for kind in ("none", "adversarial")}
+    assert runs["none"].delivered == runs["adversarial"].delivered
+    assert runs["none"].losses != runs["adversarial"].losses
+
+
 ELASTIC = (*COMPARABLE, PARTITIONED, ADAFACE.replace("sample_rate: 0.5", "sample_rate: 1.0"))
 
 

@@ -148,6 +148,9 @@ def test_batch_keeps_its_images_and_warps_the_exact_share():
         untouched = [i for i in range(10) if i not in result.chosen.tolist()]
         assert torch.equal(result.images[untouched], images[untouched])
         assert all(not torch.equal(result.images[i], images[i]) for i in result.chosen.tolist())
+        assert torch.equal(result.clean, images[result.chosen])
+        if expected:  # each in the place that it was taken from
+            torch.testing.assert_close(result.images[result.chosen], warp(result.clean, result.alignment, fill=-1.0))
 
 
 def test_best_of_looks_at_the_losses_of_its_own_rank():

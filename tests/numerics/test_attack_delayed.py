@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from aroface.alignment import Alignment, DelayedAttack, alignment_gradient, warp
+from aroface.alignment import Alignment, DelayedAttack, alignment_gradient, delayed, landmark_displacement_px, warp
 from aroface.alignment.attack import start_alignment, step_along
 from aroface.config.schema import AlignmentConfig
 
@@ -88,6 +88,34 @@ def test_carried_images_come_back_warped_along_the_sign_of_their_gradient():
     torch.randperm(8, generator=draw)
     psi = step_along(start_alignment(4, settings, draw), expected_signs, settings)
     torch.testing.assert_close(mixed.images[mixed.warped], warp(images[sources], psi, fill=FILL))
+
+
+@pytest.mark.parametrize("budget_px", [None, 3.0])
+def test_bounds_hold_for_every_parameter_and_for_the_budget(monkeypatch, budget_px):
+    """Boxes and budget below the step, with a start noise that by itself would leave the box."""
+    settings = config(
+        share=0.5,
+        landmark_budget_px=budget_px,
+        **{"start_noise": 0.02, "scale_step": 0.05, "angle_step_rad": 0.06, "shift_step": 0.04},
+        **{"scale_box": 0.05, "angle_box_rad": 0.06, "shift_box": 0.04},
+    )
+    seen = []
+
+    def recorded(images, psi, **options):
+        seen.append(psi)
+        return warp(images, psi, **options)
+
+    monkeypatch.setattr(delayed, "warp", recorded)
+    attack = DelayedAttack(settings, slots=1, fill=FILL)
+    for step in range(20):
+        run(attack, *batch(step), micro_step=step, gradients=torch.randn(8, 3, 12, 12, generator=generator(step)))
+    psi = Alignment(*(torch.cat(parts) for parts in zip(*(p for p in seen if not p.scale.requires_grad), strict=True)))
+    assert len(psi.scale) >= 4 * 19
+    assert ((psi.scale - 1).abs() <= 0.05 + 1e-6).all()
+    assert (psi.angle_rad.abs() <= 0.06 + 1e-6).all()
+    assert (psi.shift.abs() <= 0.04 + 1e-6).all()
+    if budget_px:
+        assert landmark_displacement_px(psi).max() <= budget_px + 1e-4
 
 
 def test_only_clean_images_are_carried_on():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.interpolate import BSpline
 
-from aroface.alignment import identity_alignment, realign, warp
+from aroface.alignment import identity_alignment, landmark_displacement_px, realign, warp
 from aroface.alignment.elastic import displacement_field, find_worst_elastic, lattice_points, random_elastic
 from aroface.config.alignment import ElasticConfig
 from aroface.config.schema import AlignmentConfig
@@ -15,8 +15,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def config(steps=1, **elastic):
-    return AlignmentConfig(kind="elastic", steps=steps, elastic=ElasticConfig(**elastic))
+def config(steps=1, budget_px=None, **elastic):
+    return AlignmentConfig(kind="elastic", steps=steps, landmark_budget_px=budget_px, elastic=ElasticConfig(**elastic))
 
 
 def lattice(count=2, spacing=28.0, seed=0, dtype=torch.float64):
@@ -67,8 +67,9 @@ def test_gradient_of_the_lattice_equals_finite_differences():
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_no_pixel_moves_farther_than_the_amplitude(steps):
-    settings = config(steps=steps, amplitude_px=3.0, step_px=2.0)
+@pytest.mark.parametrize("budget_px", [None, 3.0])
+def test_no_pixel_moves_farther_than_the_amplitude(steps, budget_px):
+    settings = config(steps=steps, budget_px=budget_px, amplitude_px=3.0, step_px=2.0)
     images = torch.randn(5, 3, 24, 24)
     weights = torch.randn(5, 3, 24, 24)
     for psi, field in (
@@ -79,6 +80,10 @@ def test_no_pixel_moves_farther_than_the_amplitude(steps):
     ):
         assert field.abs().max() * 56 <= 3.0 + 1e-5
         assert ((psi.scale - 1).abs() <= 0.2 + 1e-6).all()
+        assert (psi.angle_rad.abs() <= 0.2 + 1e-6).all()
+        assert (psi.shift.abs() <= 0.2 + 1e-6).all()
+        if budget_px:
+            assert landmark_displacement_px(psi).max() <= budget_px + 1e-4
 
 
 def test_the_largest_allowed_amplitude_does_not_fold():

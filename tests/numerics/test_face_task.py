@@ -1,6 +1,7 @@
 """The training step up to the loss: the consistency term, and an attack that leaves head and data order alone."""
 
 import contextlib
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,22 @@ def test_augmentation_draws_the_same_whatever_the_attack():
         seen.append(engine.seen[0])
     for other in seen[1:]:
         assert sum(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True)) == 6
+
+
+@pytest.mark.parametrize("alignment", [{"kind": "random"}, {"kind": "adversarial"}])
+def test_every_seed_rank_and_micro_step_draws_its_own_and_the_same_again(alignment):
+    def images_of(seed, rank, micro_step):
+        settings = config(**alignment).model_copy(update={"seed": seed})
+        head = build_head(settings.head, num_classes=5, embedding_dim=16, seed=0)
+        task = FaceTask(settings, PlainEngine(), head, device=torch.device("cpu"), rank=rank)
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+        return task._align(images, batch().labels, step=0, micro_step=micro_step).images
+
+    triples = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    drawn = [images_of(*triple) for triple in triples]
+    for triple, first in zip(triples, drawn, strict=True):
+        assert torch.equal(images_of(*triple), first)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_ranks_and_steps_draw_other_images():

@@ -148,11 +148,24 @@ def test_a_single_class_costs_nothing(name):
 def test_autocast_changes_nothing(name):
     head = make(name)
     embeddings, labels = batch(head)
-    plain = head(embeddings, labels, step=0, update_statistics=False, reduction="none")
+    statistics = {key: value.clone() for key, value in head.statistics().items()}
+
+    def results():
+        """Losses, and with the same statistics the gradients of embeddings and centres of a training step."""
+        leaf = embeddings.clone().requires_grad_()
+        losses = head(leaf, labels, step=0, update_statistics=False, reduction="none")
+        head.weight.grad = None
+        head(leaf, labels, step=0).backward()
+        for key, value in statistics.items():
+            head.statistics()[key].copy_(value)
+        return losses, leaf.grad, head.weight.grad
+
+    plain = results()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = head(embeddings, labels, step=0, update_statistics=False, reduction="none")
-    assert cast.dtype == torch.float32
-    assert torch.equal(cast, plain)
+        cast = results()
+    for found, wanted in zip(cast, plain, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
 
 
 def test_bf16_embeddings_get_bf16_gradients(name):

@@ -1,6 +1,8 @@
 """The geometry of the warp: every convention of its docstring is pinned here."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch
 from aroface.alignment import Alignment, identity_alignment, landmark_displacement_px, warp
 from aroface.contract import ARCFACE_TEMPLATE_112
 from aroface.errors import ShapeError
+
+VECTORS = Path(__file__).parents[1] / "goldens" / "protocol_vectors.json"
 
 
 def alignment(batch, scale=1.0, angle=0.0, shift=(0.0, 0.0), dtype=torch.float32):
@@ -86,11 +90,15 @@ def test_landmark_displacement_equals_the_map_in_pixels():
 
 
 def test_landmarks_move_as_the_published_vector_says():
-    """TV-11: theta = 10 deg, s = 1.1, t = (4, -2) px takes the left eye to (41.58815, 46.09304)."""
-    left_eye = alignment(1, 1.1, math.radians(10), (4 / 56, -2 / 56), dtype=torch.float64).as_matrix()[0]
-    point = torch.tensor([(38.2946 + 0.5) / 56 - 1, (51.6963 + 0.5) / 56 - 1, 1.0], dtype=torch.float64)
-    pixels = (left_eye @ point + 1) * 56 - 0.5
-    torch.testing.assert_close(pixels, torch.tensor([41.58815, 46.09304], dtype=torch.float64), atol=1e-4, rtol=0)
+    """TV-11: all five landmarks under theta = 10 deg, s = 1.1, t = (4, -2) px."""
+    vector = json.loads(VECTORS.read_text(encoding="utf-8"))["TV11"]
+    shift = tuple(pixels / 56 for pixels in vector["t"])
+    matrix = alignment(1, vector["scale"], math.radians(vector["theta_deg"]), shift, dtype=torch.float64).as_matrix()[0]
+    assert len(vector["points"]) == len(ARCFACE_TEMPLATE_112) == 5
+    for landmark, wanted in zip(ARCFACE_TEMPLATE_112, vector["points"], strict=True):
+        point = torch.tensor([*((float(x) + 0.5) / 56 - 1 for x in landmark), 1.0], dtype=torch.float64)
+        pixels = (matrix @ point + 1) * 56 - 0.5
+        torch.testing.assert_close(pixels, torch.tensor(wanted, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
 def test_wrong_shapes_are_named():

@@ -44,6 +44,20 @@ def step(backbone, batch):
     return embeddings.detach(), {name: p.grad for name, p in backbone.named_parameters()}
 
 
+@pytest.mark.parametrize("kind", ["iresnet", "ir"])
+def test_dropout_acts_in_training_alone(kind):
+    """Two training passes differ with dropout and are equal without; evaluation does not know of it."""
+    with_it, without = (build(SMALL[kind], dropout=dropout) for dropout in (0.3, 0.0))
+    without.load_state_dict(with_it.state_dict())
+    batch = images()
+    for backbone, differs in ((with_it, True), (without, False)):
+        with torch.no_grad():
+            first, second = (copy.deepcopy(backbone).train()(batch) for _ in range(2))
+        assert torch.equal(first, second) is not differs
+    with torch.no_grad():
+        assert torch.equal(with_it.eval()(batch), without.eval()(batch))
+
+
 @KINDS
 def test_embeddings_are_finite_and_every_trained_parameter_learns(kind):
     backbone = build(SMALL[kind])

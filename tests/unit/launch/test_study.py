@@ -8,8 +8,9 @@ import pytest
 import yaml
 from scipy.stats import ttest_rel
 
+from aroface.config.alignment import AlignmentConfig
 from aroface.errors import ConfigError
-from launch.study.design import load_study
+from launch.study.design import extra_passes, load_study
 from launch.study.pages import draw, to_json, to_markdown
 from launch.study.runner import RESULTS, is_finished, run_directory
 from launch.study.summary import METRICS, paired, summarise
@@ -19,7 +20,7 @@ STUDY = Path(__file__).parents[3] / "configs" / "study" / "alignment.yaml"
 
 @pytest.fixture
 def study():
-    return load_study(STUDY)
+    return load_study(STUDY, has_gpu=False)
 
 
 def write_results(directory, level):
@@ -49,6 +50,45 @@ def test_equal_passes_cost_the_same_and_free_attacks_are_trained_once(study):
     assert {run.epochs for run in equal} == {study.schedule.epochs}
     assert len(equal) == 3 * 2 * 5
     assert study.arm_of("arcface", "random", "passes").budget == "epochs"
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"kind": "adversarial", "share": 0.25, "steps": 3}, 1.5),
+        ({"kind": "adversarial", "share": 0.25, "steps": 3, "release_compat": True}, 6.0),
+        ({"kind": "elastic", "share": 0.5}, 1.0),
+        ({"kind": "adversarial", "share": 0.25, "consistency_weight": 1.0}, 0.75),
+        ({"kind": "best_of", "share": 0.25, "candidates": 4, "consistency_weight": 1.0}, 1.25),
+        ({"kind": "random", "share": 0.25, "consistency_weight": 1.0}, 0.25),
+        ({"kind": "delayed", "share": 0.25}, 0.0),
+        ({"kind": "none", "consistency_weight": 1.0}, 0.0),
+    ],
+)
+def test_passes_of_every_kind(settings, passes):
+    assert extra_passes(AlignmentConfig(**settings)) == pytest.approx(passes)
+
+
+def test_a_gpu_gets_its_own_base():
+    assert load_study(STUDY, has_gpu=True).base.name == "faces-112px.yaml"
+    assert load_study(STUDY, has_gpu=False).base.name == "faces-32px.yaml"
+
+
+def test_what_is_not_supported_is_marked(study, tmp_path):
+    run = next(study.runs())
+    write_results(run_directory(tmp_path, run), 0.5)
+    path = run_directory(tmp_path, run) / RESULTS["lfw-lq"]
+    text = to_markdown(study, summarise(study, tmp_path), command="aroface study", machine={})
+    assert "\\*" not in text
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["metrics"]["tar@far=1e-2"]["supported"] = False
+    path.write_text(json.dumps(record), encoding="utf-8")
+    summary = summarise(study, tmp_path)
+    assert summary.unsupported == ["tar"]
+    text = to_markdown(study, summary, command="aroface study", machine={})
+    assert "| TAR at FAR 1e-2 \\* |" in text
+    assert "not statistically supported" in text
+    assert to_json(summary)["unsupported"] == ["tar"]
 
 
 def test_first_seed_comes_whole(study):
