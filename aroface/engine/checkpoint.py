@@ -214,18 +214,34 @@ def load_backbone(directory: Path, backbone: nn.Module) -> None:
     """Fill a backbone with the weights and batch-norm statistics of a checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is of another network.
+        CheckpointError: the checkpoint is of another network, or its weights are not finite.
     """
-    weights = load_weights(directory)
+    from aroface.weights.tensor_files import refuse_bad_numbers  # here, for that package imports this module
+
+    weights, path = load_weights(directory), directory / BACKBONE_FILE
     own = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     saved = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+    wrong = [name for name in dict.fromkeys([*own, *saved]) if own.get(name) != saved.get(name)]
     if wrong:
         raise CheckpointError(
-            f"{directory / BACKBONE_FILE} is of another network: {len(wrong)} tensors differ, the first is {wrong[0]} "
-            f"with shape {saved.get(wrong[0])}, here {own.get(wrong[0])}. Set `model` as in its state.json."
+            f"{path} is of another network: {len(wrong)} tensors differ, the first is {wrong[0]} with shape "
+            f"{saved.get(wrong[0])}, here {own.get(wrong[0])}. {_nearest(weights, path)} Set `model` as in its "
+            "state.json."
         )
+    for name, value in weights.items():
+        if value.is_floating_point():
+            refuse_bad_numbers(name, value, f"{path}: {name}")
     backbone.load_state_dict(weights)
+
+
+def _nearest(weights: Mapping[str, Tensor], path: Path) -> str:
+    """Which known network the weights are, or are nearest to."""
+    from aroface.weights.layouts import recognise
+
+    try:
+        return f"The file holds {recognise(weights, name=path.name).config.name}."
+    except (CheckpointError, ConfigError) as error:
+        return str(error)
 
 
 def initial_checkpoint(config: TrainConfig) -> Path | None:

@@ -21,10 +21,10 @@ from aroface.engine.checkpoint_layout import (
     start_checkpoint,
     write_state,
 )
-from aroface.errors import CheckpointError, ConfigError
+from aroface.errors import ConfigError
 from aroface.files import new_directory, sha256_of
 from aroface.weights.layouts import recognise
-from aroface.weights.tensor_files import read_tensors
+from aroface.weights.tensor_files import read_tensors, refuse_bad_numbers
 
 __all__ = ["ImportedWeights", "read_weights", "write_weights"]
 
@@ -103,16 +103,7 @@ def _checked(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str
             result[name] = value.clone()
             continue
         number = value.to(torch.float32, copy=True).contiguous()
-        if not torch.isfinite(number).all():
-            count = int((~torch.isfinite(number)).sum())
-            raise CheckpointError(
-                f"{path}: {prefix}{name} holds {count} values that are not finite, of {number.numel()}. The training "
-                "has diverged or the file is damaged; take an earlier checkpoint."
-            )
-        if name.endswith("running_var") and bool((number < 0).any()):
-            raise CheckpointError(
-                f"{path}: {prefix}{name} holds negative variances. The file is damaged; take an earlier checkpoint."
-            )
+        refuse_bad_numbers(name, number, f"{path}: {prefix}{name}")
         result[name] = number
     return result
 

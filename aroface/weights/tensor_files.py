@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from aroface.errors import DataError
+from aroface.errors import CheckpointError, DataError
 
-__all__ = ["read_tensors"]
+__all__ = ["read_tensors", "refuse_bad_numbers"]
 
 #: Keys under which trainers keep the weights of the backbone, tried in this order.
 _CONTAINERS = ("state_dict_backbone", "state_dict", "model_state_dict", "backbone", "model", "net")
@@ -131,3 +131,24 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _is_state_dict(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) and v.dim() > 0 for v in value.values())
+
+
+def refuse_bad_numbers(name: str, value: Tensor, where: str) -> None:
+    """Refuse a floating-point tensor that no network can compute with.
+
+    Args:
+        name: of the tensor; a variance must not be negative.
+        value: floating point.
+        where: file and tensor, for messages.
+
+    Raises:
+        CheckpointError: values that are not finite, or negative variances.
+    """
+    if not torch.isfinite(value).all():
+        count = int((~torch.isfinite(value)).sum())
+        raise CheckpointError(
+            f"{where} holds {count} values that are not finite, of {value.numel()}. The training has diverged or the "
+            "file is damaged; take an earlier checkpoint."
+        )
+    if name.endswith("running_var") and bool((value < 0).any()):
+        raise CheckpointError(f"{where} holds negative variances. The file is damaged; take an earlier checkpoint.")

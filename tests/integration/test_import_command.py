@@ -54,7 +54,8 @@ def test_weights_for_another_input_or_network_are_refused(tmp_path, imported, dr
     assert train(tmp_path / "b", drawn_shards, f"model.init_from={imported}", "model.depth=34") == 2
     error = capsys.readouterr().err
     assert "is of another network" in error
-    assert "layer1.2.bn1.bias" in error
+    assert "the first is layer1.2.bn1.weight" in error
+    assert "The file holds iresnet18" in error
 
 
 def test_imported_weights_can_be_neither_resumed_nor_attacked(tmp_path, imported, drawn_shards, capsys):
