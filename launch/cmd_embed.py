@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ArofaceError, ConfigError
 from launch.evaluate_options import positive
+from launch.model_options import add_runtime_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,18 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode-threads", type=positive, default=2, metavar="N", help="threads that decode (%(default)s)"
     )
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="arithmetic of PyTorch (checkpoints) and OpenVINO; the others keep their own (%(default)s)",
-    )
-    parser.add_argument(
-        "--runtime",
-        choices=("onnxruntime", "openvino"),
-        default="onnxruntime",
-        help="what runs an .onnx file (%(default)s)",
-    )
+    add_runtime_options(parser)
     parts = parser.add_argument_group("for a folder of parts")
     parts.add_argument(
         "--images-per-part",

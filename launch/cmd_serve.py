@@ -9,13 +9,16 @@ import argparse
 from pathlib import Path
 
 from launch.evaluate_options import positive
+from launch.model_options import add_runtime_options
 
 _SHORTEST_KEY = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help="run directory, checkpoint or .onnx")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="MODEL", help="run directory, checkpoint, .onnx or .engine"
+    )
     parser.add_argument("--gallery", type=Path, required=True, metavar="G", help="directory of the gallery")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-upload-mib", type=positive, default=8, metavar="MIB", help="largest request (%(default)s)"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
+    add_runtime_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,12 +50,15 @@ def run(args: argparse.Namespace) -> int:
         from launch.serve.yunet import YuNet
 
         detector = YuNet(args.detector)
-    embedder = open_embedder(args.model, threads=args.threads, batch_size=args.batch)
+    embedder = open_embedder(
+        args.model, precision=args.precision, threads=args.threads, batch_size=args.batch, runtime=args.runtime
+    )
     gallery = Gallery.open(args.gallery)
     service = FaceService(
         embedder, gallery, ServiceStats(), detector=detector, max_batch=args.batch, max_queue=args.queue
     )
-    app = create_app(service, GuardSettings(key, max_body_bytes=args.max_upload_mib << 20))
+    limits = GuardSettings(key, max_body_bytes=args.max_upload_mib << 20, max_requests=args.queue + args.batch)
+    app = create_app(service, limits)
     print(f"{len(gallery)} entries of {args.gallery}, {embedder.model_id}", flush=True)
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{shown}:{args.port}/  ({'access key needed' if key else 'no access key'}; Ctrl-C stops)", flush=True)

@@ -34,7 +34,7 @@ from launch.serve.uploads import UnsupportedImageError, parse_landmarks
 
 __all__ = ["create_app"]
 
-_THREADS = 128  # requests decoded or waiting for an answer at one time
+_MORE_THREADS = 16  # for what is no face: the state, deletions, the page
 _PAGE_FILES = {f"/{name}": name for name in ("page.css", "page.js", "icon.svg")} | {"/": "index.html"}
 _MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
@@ -80,7 +80,8 @@ def create_app(service: FaceService, settings: GuardSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
+        threads = settings.max_requests + _MORE_THREADS  # a request that waits for its answer holds one
+        anyio.to_thread.current_default_thread_limiter().total_tokens = threads
         yield
         await anyio.to_thread.run_sync(service.close)
 
@@ -148,14 +149,14 @@ def _add_state(app: FastAPI, service: FaceService) -> None:
     key = [Depends(HTTPBearer(auto_error=False))]  # for the description; Guard checks it
 
     @app.get("/health")
-    def health() -> Health:
+    async def health() -> Health:
         """Whether the service is up; needs no key."""
         return Health(status="ok")
 
     @app.get(
         "/metrics", dependencies=key, response_class=Response, responses={**_some(401, 403), 200: {"content": _TEXT}}
     )
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         text = service.stats.exposition(depths=service.depths(), entries=len(service.gallery))
         return Response(text, media_type="text/plain; version=0.0.4")
@@ -177,7 +178,7 @@ def _add_state(app: FastAPI, service: FaceService) -> None:
         )
 
     @app.get("/v1/status", dependencies=key, responses=_some(401, 403))
-    def status() -> Status:
+    async def status() -> Status:
         """Load and speed."""
         speed = service.stats.speed()
         return Status(

@@ -33,6 +33,7 @@ class GuardSettings:
     access_key: str | None  #: None: no key is asked for, which is only for loopback
     max_body_bytes: int = 8 << 20
     body_timeout_s: float = 15.0  #: for the whole body of a request
+    max_requests: int = 288  #: that send or wait for faces at one time; more are refused before they are read
 
 
 class Guard:
@@ -44,6 +45,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: GuardSettings, stats: ServiceStats) -> None:
         self._app, self._settings, self._stats = app, settings, stats
+        self._working = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, read the body, hand on."""
@@ -52,6 +54,7 @@ class Guard:
             return
         status = 500
         finished = time.perf_counter()
+        is_work = scope["method"] == "POST"
 
         async def send_counted(message: Message) -> None:
             nonlocal status
@@ -60,6 +63,7 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
             await send(message)
 
+        self._working += is_work
         try:
             body = self._refusal(scope) or await self._body(scope, receive)
             finished = time.perf_counter()
@@ -68,10 +72,19 @@ class Guard:
             else:
                 await self._app(scope, _replay(body, receive), send_counted)
         finally:
+            self._working -= is_work
             route = getattr(scope.get("route"), "path", "other")
             self._stats.count_request(route, status, time.perf_counter() - finished)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        return self._stranger(scope) or self._overload()
+
+    def _overload(self) -> tuple[int, str] | None:
+        if self._working <= self._settings.max_requests:
+            return None
+        return 503, f"{self._working - 1} requests are being answered; try again in a moment."
+
+    def _stranger(self, scope: Scope) -> tuple[int, str] | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         origin = headers.get(b"origin")
@@ -148,7 +161,9 @@ async def _answer(send: Send, status: int, text: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if status in (400, 408, 413):
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
+    if status in (400, 408, 413, 503):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,25 +1,30 @@
 """Model and gallery together: enrol, search, compare, delete. Knows no HTTP."""
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aroface.errors import ArofaceError, DataError
 from aroface.types import Embedder
-from launch.serve.batching import Batcher
+from launch.serve.batching import Batcher, QueueFullError
 from launch.serve.stats import ServiceStats
 from launch.serve.uploads import Detector, face_from_upload
 
 if TYPE_CHECKING:
-    from retrieval.gallery import Candidate, FaceGallery, Level
+    from concurrent.futures import Future
+
+    from retrieval.gallery import Candidate, Gallery, Level
 
 __all__ = ["ConflictError", "Enrolled", "FaceService", "Found", "NotEnrolledError"]
 
 _ANSWER_TIMEOUT_S = 60.0
+
+Answer = TypeVar("Answer")
 
 
 class ConflictError(ArofaceError):
@@ -72,7 +77,7 @@ class FaceService:
     def __init__(
         self,
         embedder: Embedder,
-        gallery: "FaceGallery",
+        gallery: "Gallery",
         stats: ServiceStats,
         *,
         detector: Detector | None = None,
@@ -104,7 +109,7 @@ class FaceService:
         )
 
     @property
-    def gallery(self) -> "FaceGallery":
+    def gallery(self) -> "Gallery":
         """The newest state."""
         return self._gallery
 
@@ -124,7 +129,7 @@ class FaceService:
             QueueFullError: too many requests wait.
             DataError: the model gives no direction for this face.
         """
-        return self._embedding.submit(face).result(_ANSWER_TIMEOUT_S)
+        return _answers([self._embedding.submit(face)])[0]
 
     def search(self, face: NDArray[np.uint8], *, top: int, level: "Level") -> list[Found]:
         """The best candidates for a face.
@@ -135,13 +140,13 @@ class FaceService:
         """
         if len(self._gallery) == 0:
             raise ConflictError("The gallery is empty; enrol someone first.")
-        candidates = self._searching.submit(_Search(self.embed(face), top, level)).result(_ANSWER_TIMEOUT_S)
+        (candidates,) = _answers([self._searching.submit(_Search(self.embed(face), top, level))])
         return [Found(candidate, self._gallery.fpir_of(candidate.score, level)) for candidate in candidates]
 
     def compare(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
         """Cosine of two faces."""
-        futures = [self._embedding.submit(face) for face in (first, second)]
-        a, b = (future.result(_ANSWER_TIMEOUT_S).astype(np.float64) for future in futures)
+        embeddings = _answers([self._embedding.submit(face) for face in (first, second)])
+        a, b = (embedding.astype(np.float64) for embedding in embeddings)
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
     def enrol(self, face: NDArray[np.uint8], subject_id: str, entry_id: str | None) -> Enrolled:
@@ -170,17 +175,22 @@ class FaceService:
 
         Raises:
             NotEnrolledError: there is none.
+            ConflictError: another process is changing the gallery.
         """
+        from retrieval.gallery import GalleryBusyError
+
         with self._writer:
-            before = len(self._gallery)
+            before = self._gallery.latest()  # another process may have added or removed
             try:
-                self._gallery = self._gallery.remove(
+                self._gallery = before.remove(
                     entry_ids=[] if entry_id is None else [entry_id],
                     subject_ids=[] if subject_id is None else [subject_id],
                 )
+            except GalleryBusyError as error:
+                raise ConflictError(str(error)) from error
             except DataError as error:
                 raise NotEnrolledError(str(error)) from error
-            return before - len(self._gallery)
+            return len(before) - len(self._gallery)
 
     def close(self) -> None:
         """Answer what waits, then stop."""
@@ -215,3 +225,18 @@ class FaceService:
             for place, candidates in zip(places, found, strict=True):
                 answers[place] = candidates[: searches[place].top]
         return answers
+
+
+def _answers(futures: "Sequence[Future[Answer]]") -> list[Answer]:
+    """What the workers answer, in order.
+
+    Raises:
+        QueueFullError: not all in time; nobody works on the others any more.
+    """
+    until = time.monotonic() + _ANSWER_TIMEOUT_S
+    try:
+        return [future.result(max(0.0, until - time.monotonic())) for future in futures]
+    except TimeoutError as error:
+        for future in futures:
+            future.cancel()
+        raise QueueFullError(f"No answer within {_ANSWER_TIMEOUT_S:g} s; try again later.") from error

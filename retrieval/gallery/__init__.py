@@ -18,7 +18,7 @@ from retrieval.gallery.records import (
     Level,
     Recall,
 )
-from retrieval.gallery.store import Manifest
+from retrieval.gallery.store import GalleryBusyError, Manifest
 
 __all__ = [
     "INDEX_KINDS",
@@ -28,6 +28,7 @@ __all__ = [
     "FaceGallery",
     "Fusion",
     "Gallery",
+    "GalleryBusyError",
     "GalleryInfo",
     "IndexKind",
     "IndexWish",

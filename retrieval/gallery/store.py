@@ -33,6 +33,7 @@ from retrieval.gallery.records import Calibration, IndexKind, Recall
 
 __all__ = [
     "FileRecord",
+    "GalleryBusyError",
     "IndexRecord",
     "Manifest",
     "SegmentRecord",
@@ -54,6 +55,10 @@ _CHECKSUM = "sha256"
 _LOCK_NAME = ".lock"
 _DATA_FILE = r"(embeddings|entries|index|indexed)-\d{8}(-\d{4,})?\.(npy|npz|faiss)"
 _OWN_FILE = re.compile(rf"{_DATA_FILE}|\.({_DATA_FILE}|manifest\.json)\..+\.tmp")
+
+
+class GalleryBusyError(DataError):
+    """Another process is changing the gallery."""
 
 
 class _Record(BaseModel):
@@ -151,14 +156,14 @@ def write_lock(directory: Path) -> Iterator[None]:
     """Hold the writer's lock of `directory`; the system frees it when the process ends, however it ends.
 
     Raises:
-        DataError: another process is changing the gallery.
+        GalleryBusyError: another process is changing the gallery.
     """
     descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise DataError(
+        raise GalleryBusyError(
             f"Gallery {directory} is being changed by another process; try again when it is done."
         ) from error
     try:

@@ -1,5 +1,6 @@
 """The running service: bad clients, ten thousand garbage requests, a signal; and its page in a real browser."""
 
+import base64
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ import httpx2 as httpx
 import pytest
 
 from launch.cli import main
+from shards.synthetic import write_synthetic
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.needs import missing
 
@@ -24,12 +26,20 @@ KEY = "a-key-of-sixteen-characters"
 
 @pytest.fixture(scope="module")
 def enrolled(tmp_path_factory, drawn_faces):
-    """Model and gallery of the first image of each drawn identity."""
+    """An exported model, and a gallery of the first image of each drawn identity, calibrated on other people."""
     folder = tmp_path_factory.mktemp("service")
     write_checkpoint(folder / "run")
-    faces = folder / "gallery.npz"
-    assert main(["embed", str(folder / "run"), str(drawn_faces), "--take", "first", "--out", str(faces)]) == 0
-    assert main(["gallery", "build", str(folder / "gallery"), "--embeddings", str(faces)]) == 0
+    model, gallery = str(folder / "model.onnx"), str(folder / "gallery")
+    assert main(["export", str(folder / "run"), "--to", "onnx", "--out", model]) == 0
+    write_synthetic(folder / "people", identities=10, images_per_identity=4, seed=9)
+    for number, person in enumerate(sorted((folder / "people").iterdir())):
+        person.rename(person.with_name(f"stranger-{number}"))
+    for name, faces, take in (("gallery", drawn_faces, "first"), ("strangers", folder / "people", "all")):
+        out = str(folder / f"{name}.npz")
+        assert main(["embed", model, str(faces), "--take", take, "--out", out]) == 0
+    assert main(["gallery", "build", gallery, "--embeddings", str(folder / "gallery.npz")]) == 0
+    strangers = str(folder / "strangers.npz")
+    assert main(["gallery", "calibrate", gallery, "--probes", strangers, "--fpir", "0.1,0.5"]) == 0
     return folder
 
 
@@ -39,7 +49,7 @@ def running(folder, *options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "launch", "serve", "--model", str(folder / "run"), "--port", str(port)]
+    command = [sys.executable, "-m", "launch", "serve", "--model", str(folder / "model.onnx"), "--port", str(port)]
     command += ["--gallery", str(folder / "gallery"), "--threads", "1", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -71,6 +81,11 @@ def own_copy(enrolled, tmp_path):
 def post(address, path, image, **fields):
     files = {"image": ("face.jpg", image.read_bytes(), "image/jpeg")}
     return httpx.post(f"{address}{path}", files=files, data=fields, timeout=60)
+
+
+def held(process):
+    """Open files and threads."""
+    return tuple(len(list(Path(f"/proc/{process.pid}/{name}").iterdir())) for name in ("fd", "task"))
 
 
 def resident_mib(process):
@@ -126,14 +141,17 @@ def test_ten_thousand_garbage_requests_neither_crash_nor_leak(own_copy, drawn_fa
 
         with ThreadPoolExecutor(4) as pool:
             first = [answer for answers in pool.map(batch, range(20)) for answer in answers]
-            after_2000 = resident_mib(process)
+            after_2000, held_2000 = resident_mib(process), held(process)
             rest = [answer for answers in pool.map(batch, range(20, 100)) for answer in answers]
+            open_files, threads = held(process)
         answers = first + rest
         assert len(answers) == 10_000
         assert not any(answer.startswith(b"HTTP/1.1 5") for answer in answers)
         assert not any(answer.startswith(b"HTTP/1.1 2") for answer in answers)
         assert sum(answer.startswith(b"HTTP/1.1 4") for answer in answers) > 9000
         assert resident_mib(process) < after_2000 + 30  # 8,000 requests later
+        assert open_files <= held_2000[0] + 8  # connections on their way
+        assert threads <= held_2000[1] + 2
         assert post(address, "/v1/search", face).status_code == 200
 
 
@@ -157,7 +175,7 @@ def test_slow_clients_are_let_go_and_do_not_hold_up_others(own_copy, drawn_faces
 
 
 def test_an_address_for_others_needs_a_key_and_a_port_in_use_is_named(enrolled, capsys):
-    command = ["serve", "--model", str(enrolled / "run"), "--gallery", str(enrolled / "gallery")]
+    command = ["serve", "--model", str(enrolled / "model.onnx"), "--gallery", str(enrolled / "gallery")]
     assert main([*command, "--host", "0.0.0.0"]) == 2  # noqa: S104 - refused
     assert "--key-file" in capsys.readouterr().err
     with socket.socket() as taken:
@@ -218,15 +236,16 @@ def test_the_page_searches_enrols_and_deletes(own_copy, drawn_faces, browser, tm
         wait(browser, lambda b: b.find_element(By.ID, "key-form").is_displayed())
         browser.find_element(By.ID, "key").send_keys(KEY + "\n")
         wait(browser, lambda b: "12 entries of 12 subjects" in text(b, "gallery"))
-        assert "Not calibrated" in text(browser, "thresholds")
+        assert "at 10 % false alarms" in text(browser, "thresholds")
 
-        browser.find_element(By.ID, "file").send_keys(str(faces[0]))
+        drop(browser, faces[0])
         wait(browser, lambda b: b.find_element(By.ID, "search").is_enabled())
         browser.find_element(By.ID, "search").click()
         wait(browser, lambda b: len(b.find_elements(By.CSS_SELECTOR, "#matches li")) == 5)
         first = browser.find_element(By.CSS_SELECTOR, "#matches li")
         assert first.find_element(By.CLASS_NAME, "subject").text == faces[0].parent.name
         assert first.find_element(By.CLASS_NAME, "score").text == "1.000"
+        assert "where 10 % of strangers raise a false alarm" in first.find_element(By.CLASS_NAME, "meaning").text
 
         browser.find_element(By.ID, "subject").send_keys("somebody <b>new</b>")
         browser.find_element(By.ID, "enrol-button").click()
@@ -251,14 +270,33 @@ def test_the_page_searches_enrols_and_deletes(own_copy, drawn_faces, browser, tm
         wait(browser, lambda b: b.find_element(By.ID, "preview").is_displayed())
         browser.find_element(By.ID, "search").click()
         wait(browser, lambda b: text(b, "last").endswith("ms"))
+        browser.find_element(By.ID, "subject").send_keys("from the camera")
+        browser.find_element(By.ID, "enrol-button").click()
+        wait(browser, lambda b: "13 entries of 13 subjects" in text(b, "gallery"))
 
         browser.find_element(By.ID, "file").send_keys(str(key_file))
         browser.find_element(By.ID, "search").click()
         wait(browser, lambda b: "neither JPEG nor PNG" in text(b, "message"))
-        wait(browser, lambda b: text(b, "p99").endswith("ms"))
+        wait(browser, lambda b: text(b, "p99").endswith("ms") and float(text(b, "rate")) > 0)
+        assert text(browser, "waiting") == "0"
         complaints = [line["message"] for line in browser.get_log("browser") if line["level"] == "SEVERE"]
         expected = ("401", "415")  # before the key, and the text file
         assert [line for line in complaints if not any(code in line for code in expected)] == []
+
+
+def drop(browser, path):
+    """Let the page see a file dropped on it, as a file manager would."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    browser.execute_script(
+        """
+        const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], "face.jpg", {type: "image/jpeg"}));
+        const event = new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
+        document.getElementById("drop").dispatchEvent(event);
+        """,
+        content,
+    )
 
 
 def screenshot(browser, name):

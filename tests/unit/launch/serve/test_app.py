@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -13,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
+from aroface.contract import ARCFACE_TEMPLATE_112
 from aroface.errors import ConfigError, DataError
 from launch.cmd_serve import _access_key
+from launch.serve import service as service_module
 from launch.serve.app import create_app
 from launch.serve.guard import GuardSettings, is_loopback
 from launch.serve.service import FaceService
@@ -22,6 +27,7 @@ from launch.serve.stats import ServiceStats
 from retrieval.baselines import PixelEmbedder
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import Gallery
+from retrieval.gallery.store import write_lock
 
 KEY = "0123456789abcdef"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -100,6 +106,75 @@ def test_compare_is_the_cosine_of_the_embeddings(client):
     assert answer.json()["score"] == pytest.approx(float(embeddings[0] @ embeddings[1]), abs=1e-6)
 
 
+class Stalled(PixelEmbedder):
+    """Embeds when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def embed(self, images):
+        self.go_on.wait(30)
+        return super().embed(images)
+
+
+def test_too_many_requests_are_told_so_and_the_state_still_answers(gallery):
+    embedder = Stalled()
+    service = FaceService(embedder, gallery, ServiceStats(), max_batch=1, max_queue=4)
+    app = create_app(service, GuardSettings(KEY, max_requests=5))
+    with TestClient(app, headers=HEADERS) as client, ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(client.post, "/v1/search", files={"image": image(1)}) for _ in range(12)]
+        refused = [one.result() for one in islice(as_completed(asked, timeout=20), 7)]
+        assert {answer.status_code for answer in refused} == {503}
+        assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+        assert "try again" in refused[0].json()["error"]
+        assert client.get("/health").status_code == 200
+        assert client.get("/v1/status").json()["waiting"]["embed"] == 4
+        assert 'status="503"} 7.0' in client.get("/metrics").text
+        embedder.go_on.set()
+        assert [one.result(20).status_code for one in asked].count(200) == 5
+        assert client.post("/v1/search", files={"image": image(1)}).status_code == 200
+
+
+def test_a_late_answer_is_a_503_and_its_work_is_not_done(gallery, monkeypatch):
+    monkeypatch.setattr(service_module, "_ANSWER_TIMEOUT_S", 0.3)
+    embedder = Stalled()
+    counts = []
+    service = FaceService(embedder, gallery, ServiceStats(), max_batch=1)
+    monkeypatch.setattr(service.stats, "count_batch", lambda worker, size, seconds: counts.append(worker))
+    with TestClient(create_app(service, GuardSettings(KEY)), headers=HEADERS) as client:
+        for _ in range(3):
+            late = client.post("/v1/search", files={"image": image(1)})
+            assert late.status_code == 503
+            assert "No answer within" in late.json()["error"]
+        embedder.go_on.set()
+    assert counts == ["embed"]  # the one that had begun
+
+
+def test_deletions_beside_another_writer(client, gallery):
+    with write_lock(gallery.directory):
+        busy = client.delete("/v1/entries", params={"entry_id": "ann/1"})
+    assert busy.status_code == 409
+    assert "another process" in busy.json()["error"]
+    more = PixelEmbedder().embed(np.stack([face(seed) for seed in range(20, 26)]))
+    Gallery.open(gallery.directory).add(
+        more, ["ann"] * 6, [f"ann/{i}" for i in range(2, 8)], model_id=PixelEmbedder().model_id
+    )
+    assert client.delete("/v1/entries", params={"entry_id": "bob/1"}).json() == {"entries": 1}
+    assert client.delete("/v1/subjects", params={"subject_id": "ann"}).json() == {"entries": 7}
+
+
+def test_a_photograph_with_landmarks_is_aligned(client):
+    """A larger picture that holds the enrolled crop somewhere, and where its landmarks are."""
+    photograph = np.zeros((300, 400, 3), np.uint8)
+    photograph[100:212, 150:262] = face(2)
+    files = {"image": ("photograph.png", png(photograph), "image/png")}
+    data = {"landmarks": json.dumps((ARCFACE_TEMPLATE_112 + np.array([150, 100])).tolist()), "top": "1"}
+    best = client.post("/v1/search", files=files, data=data).json()["matches"][0]
+    assert best["subject_id"] == "cid"
+    assert best["score"] > 0.98
+
+
 def test_scores_get_the_meaning_that_was_calibrated(client, gallery):
     strangers = PixelEmbedder().embed(np.stack([face(seed) for seed in range(100, 160)]))
     subjects = np.array([f"stranger {row}" for row in range(60)])
@@ -118,7 +193,6 @@ def test_scores_get_the_meaning_that_was_calibrated(client, gallery):
 
 def test_many_requests_at_once_give_the_answers_of_single_ones(client):
     """Each search is batched with others; every one must get its own answer."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def ask(seed):
         answer = client.post("/v1/search", files={"image": image(seed % 4)}, data={"top": str(1 + seed % 3)})
