@@ -60,10 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", type=float, default=0.25, metavar="P", help="share that is warped (%(default)s)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="(%(default)s)")
     parser.add_argument(
-        "--head-precision", choices=("fp32", "bf16"), default="fp32", help="of its matrix products (%(default)s)"
+        "--contiguous", action="store_true", help="memory layout of the images (default: channels last)"
     )
     parser.add_argument(
-        "--contiguous", action="store_true", help="memory layout of the images (default: channels last)"
+        "--head",
+        choices=("auto", "plain", "chunked", "triton"),
+        default="auto",
+        help="how it forms the softmax (%(default)s)",
+    )
+    parser.add_argument(
+        "--logit-precision", choices=("fp32", "bf16"), default="fp32", help="of its products (%(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile for the backbone")
     parser.add_argument(
@@ -311,7 +317,12 @@ def _config(args: argparse.Namespace, alignment: Mapping[str, Any]) -> "TrainCon
     values = {
         "seed": 0,
         "model": {"kind": "iresnet", "depth": args.depth, "image_size": args.image_size, "width": args.width},
-        "head": {"kind": "arcface", "margin": 0.5, "logit_precision": args.head_precision},
+        "head": {
+            "kind": "arcface",
+            "margin": 0.5,
+            "implementation": args.head,
+            "logit_precision": args.logit_precision,
+        },
         "alignment": {"share": args.share, **alignment},
         "data": {"shards": "unused", "colour_order": "rgb"},
         "batch": {"global_batch": args.batch},

@@ -111,7 +111,7 @@ part_1() {
 # bench_step DEPTH BATCH CLASSES LIMIT [OPTION...]; `tag` tells runs apart that differ in the options alone
 bench_step() {
   local name="step-r$1-batch-$2-classes-$3${tag:-}"
-  step "$name" "$4" aroface bench step --depth "$1" --batch "$2" --classes "$3" --head-precision bf16 \
+  step "$name" "$4" aroface bench step --depth "$1" --batch "$2" --classes "$3" --logit-precision bf16 \
     --ways plain,adversarial,delayed --rounds 10 --out "$out/$name.json" "${@:5}"
 }
 
@@ -121,7 +121,7 @@ peer_steps() {
     return 0
   fi
   show=14 step "peers-r$1" "$2" python -m tests.peers.compare_training "$peers" --parts step --depth "$1" --batch 256 \
-    --classes 617970 --head-precision bf16 --steps 5 --rounds 5 --out "$out/peers-r$1.json"
+    --classes 617970 --logit-precision bf16 --steps 5 --rounds 5 --out "$out/peers-r$1.json"
 }
 
 part_2() {

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fp16" if torch.cuda.is_available() else "fp32",
         help="of their step (fp16 on a GPU, as their configurations have it; fp32 on the CPU)",
     )
-    parser.add_argument("--head-precision", choices=("fp32", "bf16"), default="fp32", help="of ours (%(default)s)")
+    parser.add_argument("--logit-precision", choices=("fp32", "bf16"), default="fp32", help="of ours (%(default)s)")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="of a round (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted (%(default)s)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="on the CPU (%(default)s)")
@@ -135,7 +135,7 @@ def _our_steps(
     parser = argparse.ArgumentParser()
     step_bench.add_arguments(parser)
     size = ["--depth", args.depth, "--batch", args.batch, "--classes", args.classes, "--threads", args.threads]
-    head = ["--head-precision", args.head_precision]
+    head = ["--logit-precision", args.head_precision]
     settings = parser.parse_args([*map(str, size), *head, "--ways", ",".join(ways), *options])
     return dict(step_bench.StepBench(settings, list(ways)).ways)
 
