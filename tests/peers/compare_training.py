@@ -135,7 +135,7 @@ def _our_steps(
     parser = argparse.ArgumentParser()
     step_bench.add_arguments(parser)
     size = ["--depth", args.depth, "--batch", args.batch, "--classes", args.classes, "--threads", args.threads]
-    head = ["--logit-precision", args.head_precision]
+    head = ["--logit-precision", args.logit_precision]
     settings = parser.parse_args([*map(str, size), *head, "--ways", ",".join(ways), *options])
     return dict(step_bench.StepBench(settings, list(ways)).ways)
 
