@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "export": ("launch.bench.runtimes", "ONNX Runtime, int8 and OpenVINO beside eager PyTorch; exported files"),
     "gallery": ("launch.bench.gallery", "exact and approximate search, changes and memory, beside a bare Faiss index"),
     "serve": ("launch.bench.serve", "the service under load, beside the bare model"),
+    "feeding": ("launch.bench.feeding", "how well a training was fed: waiting for batches, from its metrics"),
     "backbones": ("launch.bench.backbones", "parameters, GFLOPs and activations of every backbone; in seconds"),
     "protocols": ("launch.bench.protocols", "IJB-C, TinyFace and IJB-S at their real size, after embedding"),
     "step": ("launch.bench.step", "a training step with each kind of attack, against the plain step, and its parts"),

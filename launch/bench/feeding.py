@@ -1,7 +1,5 @@
 """How well a training was fed: the share of its steps that waited for a batch, from the metrics of a run.
 
-    python -m launch.bench.feeding RUN
-
 The first line of the metrics covers the warm-up and is left out.
 """
 
@@ -9,11 +7,10 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from aroface.engine.metrics import METRICS_FILE
-from aroface.errors import ArofaceError, DataError
+from aroface.errors import DataError
 from launch.bench.output import Report
 
 _GOAL_PERCENT = 2.0
@@ -44,18 +41,3 @@ def run(args: argparse.Namespace) -> int:
     report.add("peak memory", max(line["memory_gib"] for line in lines), "GiB")
     report.write(args.out)
     return 0
-
-
-def main() -> int:
-    """Run as a module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except ArofaceError as error:
-        print(f"feeding: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launch.bench.device_limits import product_rate, synchronise
 from launch.bench.head import DIM, OURS, Pass
-from launch.bench.measure import interleave
+from launch.bench.measure import interleave, synchronise
 from launch.bench.output import Report, measured
+from launch.bench.roofline import measure_peaks
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def measure_on(device: "torch.device", report: Report, *, batch: int, classes: i
             goal = {"chunked fp32": 1.5, "chunked bf16": 2.5}.get(name)
             report.add(f"{title}: {name}, speed of arcface_torch", speed, "x", at_least=goal)
     if bf16 and "chunked bf16" in found:
-        rate = product_rate(device)
+        rate = measure_peaks(device="cuda").flops_per_s["bf16"]
         for what, flops in (("logits kept", _FLOPS_KEPT), ("logits formed twice", _FLOPS_TWICE)):
             limit = flops * batch * classes * DIM / rate
             report.add(f"{title}: limit of bf16 products, {what}", 1e3 * limit, "ms")

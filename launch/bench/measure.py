@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-__all__ = ["Measurement", "PeakMemory", "interleave", "machine", "own_memory", "peak_growth", "ratio"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Measurement", "PeakMemory", "interleave", "machine", "own_memory", "peak_growth", "ratio", "synchronise"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,14 @@ def peak_growth(work: Callable[[], object]) -> int:
     start = field("VmRSS")
     work()
     return field("VmHWM") - start
+
+
+def synchronise(device: "torch.device") -> None:
+    """Wait for the device, if it is a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def own_memory() -> int:

@@ -147,7 +147,7 @@ part_3() {
   step train 150 aroface train configs/published/ms1mv3_r100_arcface.yaml "data.shards=$work/shards" \
     batch.global_batch=512 optim.lr_per_1024=0.01 schedule.epochs=30 log.tensorboard=false checkpoint.every_steps=1000 \
     --run "$work/run"
-  step feeding 30 python -m launch.bench.feeding "$work/run" --out "$out/feeding.json"
+  step feeding 30 aroface bench feeding "$work/run" --out "$out/feeding.json"
   show=20 step faiss 200 \
     aroface bench gallery --device cuda --size 10000000 --top 20 --out "$out/gallery-10m.json"
   step onnx 90 aroface export "$work/run" --precision fp16 --out "$work/r100.onnx"

@@ -16,8 +16,9 @@ from aroface.config.head import HeadConfig
 from aroface.config.load import read_yaml
 from aroface.config.section import Section
 from aroface.errors import ConfigError
+from launch.plan.passes import extra_passes
 
-__all__ = ["Arm", "Budget", "Study", "StudyConfig", "StudyRun", "extra_passes", "load_study"]
+__all__ = ["Arm", "Budget", "Study", "StudyConfig", "StudyRun", "load_study"]
 
 #: epochs: every arm sees each image equally often. passes: every arm does the same number of passes through the
 #: backbone, so that an arm whose attack costs passes trains for fewer epochs.
@@ -128,7 +129,7 @@ class Study:
             yield StudyRun(arm, seed, overrides, epochs)
 
     def _extra(self, alignment: str) -> float:
-        return extra_passes(self.config.alignments[alignment])
+        return extra_passes(self.config.alignments[alignment]).total
 
 
 def load_study(path: Path, *, has_gpu: bool | None = None) -> Study:
@@ -149,27 +150,6 @@ def load_study(path: Path, *, has_gpu: bool | None = None) -> Study:
     if not base.is_file():
         raise ConfigError(f"{path}: {key} = {name} is not a file beside it; name the training configuration.")
     return Study(config, base)
-
-
-def extra_passes(config: AlignmentConfig) -> float:
-    """Passes that an attack adds to a plain step of 3, in units of one forward pass of the whole batch.
-
-    A sign step is a forward and a data-gradient pass of the attacked share; a candidate is a forward pass of it; the
-    delayed attack reads the gradient that the main pass forms anyway. `release_compat` attacks the whole batch, and has
-    no consistency term; elsewhere that term adds a forward pass of the share.
-    """
-    if config.kind == "none":
-        return 0.0
-    if config.release_compat:
-        return 2.0 * config.steps
-    consistency = config.share if config.consistency_weight > 0 else 0.0
-    match config.kind:
-        case "random" | "delayed":
-            return consistency
-        case "best_of":
-            return consistency + config.candidates * config.share
-        case _:
-            return consistency + 2.0 * config.steps * config.share
 
 
 def _as_yaml(value: Any) -> str:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from launch.bench import gallery_on_gpu, head_on_gpu
-from launch.bench.device_limits import copy_rate, product_rate
 from launch.bench.output import Report
+from launch.bench.roofline import Peaks
 from launch.cli import main
 from retrieval.gallery.on_gpu import sharded_flat
 
@@ -15,11 +15,6 @@ CPU = torch.device("cpu")
 
 def figures(report: Report) -> dict[str, float]:
     return {figure.name: figure.value for figure in report.figures}
-
-
-def test_limits_are_rates():
-    assert 1e7 < copy_rate(CPU, 1 << 20) < 1e13
-    assert 1e6 < product_rate(CPU, 64) < 1e15
 
 
 def test_heads_are_measured_beside_the_peer():
@@ -57,12 +52,16 @@ def test_exact_search_finds_the_best_of_drawn_vectors():
         return sharded_flat(rows, numbers, [make], use_float16=True, max_list=2048)
 
     report = Report("gallery", (), {})
-    gallery_on_gpu.measure_on(CPU, report, size=500, top=5, index_of=float16_on_the_cpu, many=70)
+    peaks = Peaks("a card", 1, "wall", {"fp32": 1e9, "fp16": 2e9}, 1e9)
+    gallery_on_gpu.measure_on(CPU, report, size=500, top=5, index_of=float16_on_the_cpu, many=70, peaks=peaks)
     found = figures(report)
     assert found["same best entry as a float32 product, 64 probes"] == 1.0
     for count in (1, 70):
         for name in ("bare Faiss, float16", "flat, fp16, compared again in float32", "product and topk in PyTorch"):
-            assert found[f"500 x {count}: {name} / limit"] > 0
+            limit = max(2 * 512 * 500 * count / 2e9, 2 * 512 * 500 / 1e9)
+            assert found[f"500 x {count}: {name} / limit"] == pytest.approx(
+                found[f"500 x {count}: {name}"] / 1e3 / limit
+            )
 
 
 def test_the_product_in_blocks_gives_the_nearest(monkeypatch):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from launch import cmd_bench
-from launch.bench import feeding
 from launch.cli import COMMANDS
 from tests.peers import compare_training
 
@@ -37,8 +36,6 @@ def parse(command: list[str]) -> argparse.Namespace:
             importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
         case ["python", "-m", "tests.peers.compare_training", *rest]:
             parser = compare_training._parser()
-        case ["python", "-m", "launch.bench.feeding", *rest]:
-            feeding.add_arguments(parser)
         case _:
             raise AssertionError(f"unknown command {shlex.join(command)}")
     return parser.parse_args(rest)

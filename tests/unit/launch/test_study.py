@@ -10,7 +10,8 @@ from scipy.stats import ttest_rel
 
 from aroface.config.alignment import AlignmentConfig
 from aroface.errors import ConfigError
-from launch.study.design import extra_passes, load_study
+from launch.plan.passes import extra_passes
+from launch.study.design import load_study
 from launch.study.pages import draw, to_json, to_markdown
 from launch.study.runner import RESULTS, is_finished, run_directory
 from launch.study.summary import METRICS, paired, summarise
@@ -66,7 +67,7 @@ def test_equal_passes_cost_the_same_and_free_attacks_are_trained_once(study):
     ],
 )
 def test_passes_of_every_kind(settings, passes):
-    assert extra_passes(AlignmentConfig(**settings)) == pytest.approx(passes)
+    assert extra_passes(AlignmentConfig(**settings)).total == pytest.approx(passes)
 
 
 def test_a_gpu_gets_its_own_base():
