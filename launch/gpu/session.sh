@@ -129,6 +129,7 @@ part_2() {
   peer_steps 100 130
   bench_step 50 512 617970 60
   tag=-fp16 bench_step 100 512 617970 60 --precision fp16
+  tag=-compiled bench_step 100 512 617970 110 --compile
   local batch
   for batch in 128 256 1024; do bench_step 100 "$batch" 617970 60; done
   bench_step 100 512 93431 50
