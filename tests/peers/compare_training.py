@@ -176,7 +176,8 @@ def compare_loaders(args: argparse.Namespace) -> dict[str, Any]:
     for title, value in ratios.items():
         _say(f"loader, CPU time: {title}", value, "x")
     return {
-        "settings": _settings(args, "images", "workers", "rounds") | {"batch_size": size, "data": args.data and args.data.name},
+        "settings": _settings(args, "images", "workers", "rounds")
+        | {"batch_size": size, "data": args.data.name if args.data else "drawn"},
         "replaced": loader_code.replaced(),
         "ratios": ratios,
         "measurements": {name: measured(one) for name, one in found.items()},
