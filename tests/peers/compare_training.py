@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted (%(default)s)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="on the CPU (%(default)s)")
     parser.add_argument("--images", type=positive, default=4000, metavar="N", help="of the loaders (%(default)s)")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="faces for them in any layout (default: drawn ones)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="of the loaders (%(default)s)")
     return parser
 
@@ -141,7 +142,7 @@ def _our_steps(
 
 
 def compare_loaders(args: argparse.Namespace) -> dict[str, Any]:
-    """One epoch of drawn faces: our shards, their `get_dataloader`, and the plain rebuild that `bench loader` times."""
+    """One epoch: our shards, their `get_dataloader`, and the plain rebuild that `bench loader` times."""
     from launch.bench.loader import _images, _write_records
     from launch.bench.peers import arcface_batches
     from shards.dataset import ShardDataset
@@ -149,7 +150,7 @@ def compare_loaders(args: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         records, shards = Path(name) / "records", Path(name) / "shards"
-        _write_records(records, _images(None, Path(name)), args.images)
+        _write_records(records, _images(args.data, Path(name)), args.images)
         pack(records, shards, PackOptions(), workers=1)
         size, folder = min(256, args.images), args.checkouts / ARCFACE
 
@@ -175,7 +176,8 @@ def compare_loaders(args: argparse.Namespace) -> dict[str, Any]:
     for title, value in ratios.items():
         _say(f"loader, CPU time: {title}", value, "x")
     return {
-        "settings": _settings(args, "images", "workers", "rounds") | {"batch_size": size},
+        "settings": _settings(args, "images", "workers", "rounds")
+        | {"batch_size": size, "data": args.data.name if args.data else "drawn"},
         "replaced": loader_code.replaced(),
         "ratios": ratios,
         "measurements": {name: measured(one) for name, one in found.items()},
