@@ -101,6 +101,9 @@ def read_ijb_samples(meta: Path, name: IjbName) -> TemplateSamples:
         numbers = np.array([row[1:] for row in faces], np.float32)
     except ValueError as error:
         raise DataError(f"{faces_path}: landmarks and scores must be numbers ({error}).") from error
+    wrong = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
+    if len(wrong):
+        raise DataError(f"{faces_path}, line {wrong[0] + 1}: landmarks and scores must be finite numbers.")
     templates = as_ids(np.array([row[1] for row in joined]), path=joined_path, what="template id")
     template_ids, codes = np.unique(templates, return_inverse=True)
     return TemplateSamples(

@@ -52,7 +52,8 @@ def find_scface(keys: Iterable[str], *, subjects: set[int] | None = None) -> Scf
             subject, camera, distance = (int(part) for part in found.groups())
             if camera in _CAMERAS and distance in probes:
                 probes[distance].append((key, subject))
-    chosen = set(gallery) if subjects is None else subjects
+    everyone = set(gallery) | {subject for rows in probes.values() for _, subject in rows}
+    chosen = everyone if subjects is None else subjects
     if not gallery or not any(probes.values()):
         raise DataError("SCface needs NNN_frontal.jpg and NNN_camC_D.jpg; the collection lacks one or the other.")
     if absent := chosen - set(gallery):

@@ -13,6 +13,8 @@ from aroface.errors import DataError
 
 __all__ = ["as_ids", "matlab_cells", "read_columns", "read_integers", "read_lines"]
 
+_CHECKED_BYTES = 1 << 24
+
 
 def read_lines(path: Path) -> list[str]:
     """Lines of a text file without line ends; empty lines are left out.
@@ -48,15 +50,35 @@ def read_integers(path: Path, *, columns: int, what: str) -> NDArray[np.int32]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # numpy's way to say that something was no number
         try:
-            values = np.fromstring(data.decode("ascii"), np.int32, sep=" ")
+            values = np.fromstring(data.decode("ascii"), np.int64, sep=" ")
         except (DeprecationWarning, UnicodeDecodeError, ValueError, OverflowError) as error:
             raise _malformed(path, columns, what) from error
-    lines = data.count(b"\n") + (not data.endswith(b"\n"))
     if not len(values):
         raise DataError(f"{path} is empty; each line is {what}.")
-    if len(values) % columns or len(values) // columns > lines:
+    if len(values) % columns or not _every_line_has(data, columns):
         raise _malformed(path, columns, what)
-    return values.reshape(-1, columns)
+    limits = np.iinfo(np.int32)
+    if values.min() < limits.min or values.max() > limits.max:
+        wrong = values[(values < limits.min) | (values > limits.max)][0]
+        raise DataError(f"{path}: {wrong} is too large; {what} are numbers of 32 bits.")
+    return values.reshape(-1, columns).astype(np.int32)
+
+
+def _every_line_has(data: bytes, columns: int) -> bool:
+    """Whether every line holds so many words, or none; some million lines at a time."""
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", min(len(data), start + _CHECKED_BYTES)) + 1 or len(data)
+        text = np.frombuffer(data, np.uint8, end - start, start)
+        is_space = text <= ord(" ")
+        begins = ~is_space
+        begins[1:] &= is_space[:-1]
+        ends = np.concatenate([[0], np.flatnonzero(text == ord("\n")) + 1, [len(text)]])
+        words = np.diff(np.searchsorted(np.flatnonzero(begins), ends))
+        if ((words != columns) & (words != 0)).any():
+            return False
+        start = end
+    return True
 
 
 def _malformed(path: Path, columns: int, what: str) -> DataError:

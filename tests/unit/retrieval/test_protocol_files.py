@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.io import savemat
 
 from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
+from retrieval.protocols import text_tables
 from retrieval.protocols.collection import EmbeddedCollection, natural_embeddings
 from retrieval.protocols.ijb import (
     IjbPairs,
@@ -22,6 +24,7 @@ from retrieval.protocols.ijbs import read_ijbs
 from retrieval.protocols.lfw_pairs import is_list_of_files, read_file_pairs, read_lfw_pairs
 from retrieval.protocols.scface import find_scface
 from retrieval.protocols.survface import read_survface
+from retrieval.protocols.text_tables import read_integers
 from retrieval.protocols.tinyface import COUNTS, read_tinyface_lists
 from shards.faces import ImageFolder
 from tests.helpers.protocol_sets import cells, write_ijb, write_ijbs, write_survface, write_tinyface
@@ -213,6 +216,40 @@ def test_scface_names() -> None:
         find_scface(["001_frontal.jpg"])
     with pytest.raises(DataError, match="Subject 002 has no mugshot"):
         find_scface(["001_frontal.jpg", "001_cam1_1.jpg"], subjects={2})
+    with pytest.raises(DataError, match="Subject 002 has no mugshot"):
+        find_scface(["001_frontal.jpg", "001_cam1_1.jpg", "002_cam1_1.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 2 1\n3 4 0\n", None),
+        ("1,2,1\r\n\r\n3,4,0", None),
+        ("1 2\n1 3 1 0\n", "line 1: '1 2' is not"),
+        ("1 2 1\n1 3 1 0\n5 6\n", "line 2: '1 3 1 0' is not"),
+        ("1 4294967298 1\n", "4294967298 is too large"),
+        ("1 2 x\n", "line 1: '1 2 x' is not"),
+    ],
+)
+def test_every_line_holds_its_numbers(tmp_path: Path, text: str, message: str | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(text_tables, "_CHECKED_BYTES", 8)  # several blocks
+    path = tmp_path / "pairs.txt"
+    path.write_bytes(text.encode())
+    if message is None:
+        assert read_integers(path, columns=3, what="`template template label`").tolist() == [[1, 2, 1], [3, 4, 0]]
+        return
+    with pytest.raises(DataError, match=message):
+        read_integers(path, columns=3, what="`template template label`")
+
+
+def test_a_detector_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    write_ijb(tmp_path / "ijb")
+    path = next(tmp_path.rglob("ijbc_name_5pts_score.txt"))
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2].rpartition(" ")[0] + " nan"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="line 3: landmarks and scores must be finite"):
+        read_ijb_samples(path.parent, "ijbc")
 
 
 def test_embeddings_of_other_images_are_refused() -> None:
