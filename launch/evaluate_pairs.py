@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         same,
         fars=args.far.values,
         rule=args.rule,
-        subjects=None if args.bin is not None else (people[first], people[second]),  # a .bin does not tell who it is
+        # A .bin does not tell who is who, nor does a folder without folders in it.
+        subjects=(people[first], people[second]) if args.bin is None and people.max() > 0 else None,
         resamples=args.resamples,
     )
     parts = verification_record(

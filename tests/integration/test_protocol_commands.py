@@ -278,6 +278,22 @@ def test_pairs_of_a_list_in_both_forms(tmp_path: Path) -> None:
         assert len(record["metrics"]["accuracy"]["folds"]) == 10
 
 
+def test_a_folder_without_folders_does_not_make_one_person_of_all(tmp_path: Path) -> None:
+    keys = [f"p{person}_{i:04d}.jpg" for person in range(60) for i in (1, 2)]
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of([row // 2 for row in range(120)], noise=1.0))
+    listed = ["file label"]
+    for label in (1, 0):
+        for p in range(60):
+            listed += [f"p{p}_0001.jpg {label}", f"p{p if label else (p + 1) % 60}_0002.jpg {label}"]
+    (tmp_path / "pairs.txt").write_text("\n".join(listed))
+    far = ["--far", "0.1"]
+    record = evaluate(tmp_path, "calfw", "--pairs", tmp_path / "pairs.txt", "--embeddings", file, *far)
+    tar = record["metrics"]["tar@far=0.1"]
+    assert 0 < tar["value"] < 1
+    low, high = tar["ci95"]
+    assert high - low > 0.05  # 60 pairs
+
+
 def test_pairs_of_a_bin_without_contract(tmp_path: Path) -> None:
     import pickle
 
