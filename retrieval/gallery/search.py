@@ -23,7 +23,7 @@ from retrieval.gallery.records import Candidate
 __all__ = ["Found", "Request", "Source", "rounding_bound", "search_source"]
 
 _BATCH_PROBES = 1024  # every vector is read once for each batch
-_RESCORED_ELEMENTS = 1 << 18  # 2 MiB of float64 at a time: they stay in the cache
+_FETCHED_ELEMENTS, _RESCORED_ELEMENTS = 1 << 23, 1 << 18  # 32 MiB of float32, 2 MiB of float64: that stays in the cache
 _LENGTHENING = 4
 
 
@@ -177,11 +177,16 @@ def _rescored(
 
 def _exact_scores(source: Source, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
     scores = np.empty(rows.shape, np.float32)
-    step = max(1, _RESCORED_ELEMENTS // max(1, rows.shape[1] * probes.shape[1]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        vectors: NDArray[Any] = source.vectors(np.maximum(rows[part], 0)).astype(np.float64)
-        vectors *= probes[part, None, :]
-        scores[part] = vectors.sum(axis=2)
+    for fetched in _parts(len(rows), _FETCHED_ELEMENTS // max(1, rows.shape[1] * probes.shape[1])):
+        vectors = source.vectors(np.maximum(rows[fetched], 0))
+        for part in _parts(len(vectors), _RESCORED_ELEMENTS // max(1, rows.shape[1] * probes.shape[1])):
+            products: NDArray[Any] = vectors[part].astype(np.float64)
+            products *= probes[fetched][part, None, :]
+            scores[fetched][part] = products.sum(axis=2)
     scores[rows < 0] = -np.inf
     return scores
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, max(1, size)):
+        yield slice(start, start + max(1, size))

@@ -117,7 +117,9 @@ class Rows:
     """The rows of several segments as one (N, D) array that is never put together."""
 
     def __init__(self, parts: Sequence[NDArray[np.float32]], dimension: int) -> None:
-        self.parts = parts
+        self.parts = [
+            np.asarray(part) for part in parts
+        ]  # slices of a memmap object are slow, those of its memory are not
         self.dimension = dimension
         self.starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
 
