@@ -146,7 +146,7 @@ def test_an_opened_gallery_maps_its_vectors_and_holds_its_ids_once(tmp_path: Pat
     tracemalloc.stop()
     ids = 2 * names.nbytes
     assert len(rows.parts) == 50
-    assert all(isinstance(part, np.memmap) for part in rows.parts)
+    assert all(isinstance(part.base, np.memmap) for part in rows.parts)
     assert peak < ids + 0.3 * vectors.nbytes
     assert held < 1.5 * ids + 0.1 * vectors.nbytes
     np.testing.assert_array_equal([len(part.entries) for part in gallery._segments], 16)
