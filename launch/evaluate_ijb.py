@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from aroface.errors import DataError
-from launch.evaluate_options import add_rule, positive, rates
+from aroface.errors import ConfigError, DataError
+from launch.evaluate_options import add_rule, positive, rates, refuse_options
 from launch.evaluate_source import (
     add_out,
     add_pooling,
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.protocols.ijb import read_ijb_samples
     from retrieval.templates import Pooling, pool_templates
 
+    _check(args)
     name = cast("IjbName", args.entry)
     pooling = Pooling.parse(args.pooling)
     files = [args.meta / f"{name}_face_tid_mid.txt", args.meta / f"{name}_name_5pts_score.txt"]
@@ -102,6 +103,16 @@ def run(args: argparse.Namespace) -> int:
         pooling=f"{pooling}, F{int(templates.metadata.get('flip') == 'sum')}",
     )
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what the task does not use."""
+    from retrieval.metrics.rules import PAIR_RULES
+
+    unused = {"1:1": ("save_candidates",), "1:N": ("save_scores", "covariates", "covariate", "pairs")}
+    refuse_options(args, unused[args.task])
+    if args.task == "1:1" and args.rule not in PAIR_RULES:
+        raise ConfigError(f"--rule {args.rule} is about searches; --task 1:1 has {', '.join(PAIR_RULES)}.")
 
 
 def _lists(args: argparse.Namespace, name: "IjbName") -> "tuple[tuple[TemplateList, ...], list[Path]]":

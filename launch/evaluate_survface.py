@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.evaluate_options import rates
-from launch.evaluate_source import add_out, add_source, finish, frozen, open_collection, quality_name
+from launch.evaluate_options import rates, refuse_options
+from launch.evaluate_source import RESAMPLES, add_out, add_source, finish, frozen, open_collection, quality_name
 
 if TYPE_CHECKING:
     from retrieval.metrics import GallerySearch
@@ -33,10 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_source(parser, images="folder with gallery/, mated_probe/ and unmated_probe/, or the verification images")
     add_out(parser, pairs=True, searches=True)
+    parser.set_defaults(resamples=None)  # the lists of pairs name no people: nothing to resample
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
+    unused = {"identification": ("save_scores",), "verification": ("save_candidates", "image_gallery", "resamples")}
+    refuse_options(args, unused[args.task])
     with ExitStack() as stack:
         collection = open_collection(args, stack)
         evaluate = _identify if args.task == "identification" else _verify
@@ -76,7 +79,7 @@ def _identify(args: argparse.Namespace, collection: "Collection") -> _Found:
         fpirs=[float(rate) for rate in FPIRS],
         candidates=LIST_LENGTH,
         rank_level="identity" if args.image_gallery else "entry",
-        resamples=args.resamples,
+        resamples=RESAMPLES if args.resamples is None else args.resamples,
     )
     parts = identification_record(result, fpir_labels=FPIRS)
     parts["metrics"]["auc_tpir_l"] = _area(result.searches[0], LIST_LENGTH)

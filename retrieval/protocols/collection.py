@@ -179,6 +179,7 @@ class EmbeddedCollection:
                     np.where(failed[:, None], np.float32(0), part.embeddings),
                     part.subject_ids,
                     fte=failed,
+                    det_scores=part.det_scores,
                     qualities=part.qualities,
                     variances=part.variances,
                     metadata=self._embeddings.metadata,

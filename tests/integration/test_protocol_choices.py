@@ -1,0 +1,84 @@
+"""What a task does not use is refused, and what an embedding file holds is used and named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.cli import main
+from retrieval.embedding_files import read_embeddings, write_embeddings
+from tests.helpers.protocol_sets import embeddings_of, write_ijb, write_keyed, write_survface
+from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluate, unit, write_manifest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rule", "ijb_1n"], "--rule ijb_1n is about searches"),
+        (["--rule", "argsort_rev"], "--rule argsort_rev is about searches"),
+        (["--save-candidates", "c.csv"], "--save-candidates has no effect on --task 1:1"),
+        (["--task", "1:N", "--save-scores", "s.npy"], "--save-scores has no effect on --task 1:N"),
+        (["--task", "1:N", "--pairs", "p.txt"], "--pairs has no effect on --task 1:N"),
+        (["--task", "1:N", "--covariates", "c.csv"], "--covariates has no effect on --task 1:N"),
+    ],
+)
+def test_ijb_refuses_what_its_task_does_not_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    keys, people = write_ijb(tmp_path / "meta")
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(people))
+    command = ["evaluate", "ijbc", "--meta", tmp_path / "meta", "--embeddings", file, "--out", tmp_path / "r.json"]
+    assert main(list(map(str, [*command, *options]))) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("identification", ["--save-scores", "s.npy"]),
+        ("verification", ["--save-candidates", "c.csv"]),
+        ("verification", ["--resamples", "10"]),
+        ("verification", ["--image-gallery"]),
+    ],
+)
+def test_survface_refuses_what_its_task_does_not_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, options: list[str]
+) -> None:
+    keys, people = write_survface(tmp_path / "lists")
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(people))
+    source = ["--root", tmp_path / "lists", "--embeddings", file, "--out", tmp_path / "r.json"]
+    assert main(list(map(str, ["evaluate", "survface", "--task", task, *source, *options]))) == 2
+    assert f"{options[0]} has no effect on --task {task}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--far", "--fpir"])
+def test_fae_measures_at_one_rate(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "fae", "--model", "m", "--out", "r.json", option, "1e-1,1e-3"])
+    assert stop.value.code == 2
+    assert "holds 2 rates; here is one" in capsys.readouterr().err
+
+
+def test_detector_scores_and_qualities_of_the_file_are_used(tmp_path: Path) -> None:
+    folder = write_manifest(tmp_path / "set", TEMPLATES, SAMPLES)
+    keys = [line.split(",")[2] for line in SAMPLES]
+    values = embeddings_of([int(key[0]) for key in keys], noise=1.0)
+    file = write_keyed(tmp_path / "e.npz", keys, values)
+    scores = {key: 0.1 + 0.15 * place for place, key in enumerate(keys)}
+    stored = read_embeddings(file)
+    assert stored.keys is not None
+    det_scores = np.array([scores[key] for key in stored.keys.tolist()], np.float32)
+    write_embeddings(file, replace(stored, det_scores=det_scores))
+    source = ["--manifest", folder, "--embeddings", file, "--resamples", 0, "--far", "1", "--fpir", "1"]
+    more = ["--pooling", "N1D1", "--save-candidates", tmp_path / "c.csv"]
+    record = evaluate(tmp_path, "templates", *source, *more)
+    assert record["curves"]["edc"]["quality"] == "norm"
+    rows = dict(zip(keys, values.astype(float), strict=True))
+    probe = unit(sum(scores[key] * rows[key] for key in ("1/b.jpg", "1/c.jpg")))
+    expected = max(float(probe @ unit(rows[key])) for key in ("1/a.jpg", "2/a.jpg"))
+    line = next(line for line in (tmp_path / "c.csv").read_text().splitlines() if line.startswith("p1,1,"))
+    assert float(line.split(",")[3]) == pytest.approx(expected, abs=1e-5)
+    write_embeddings(file, replace(stored, qualities=det_scores))
+    assert evaluate(tmp_path, "templates", *source)["curves"]["edc"]["quality"] == "qualities of the file"
