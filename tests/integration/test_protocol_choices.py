@@ -8,7 +8,7 @@ import pytest
 
 from launch.cli import main
 from retrieval.embedding_files import read_embeddings, write_embeddings
-from tests.helpers.protocol_sets import embeddings_of, write_ijb, write_keyed, write_survface
+from tests.helpers.protocol_sets import embeddings_of, write_covariates, write_ijb, write_keyed, write_survface
 from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluate, unit, write_manifest
 
 
@@ -82,3 +82,53 @@ def test_detector_scores_and_qualities_of_the_file_are_used(tmp_path: Path) -> N
     assert float(line.split(",")[3]) == pytest.approx(expected, abs=1e-5)
     write_embeddings(file, replace(stored, qualities=det_scores))
     assert evaluate(tmp_path, "templates", *source)["curves"]["edc"]["quality"] == "qualities of the file"
+
+
+def test_covariates_in_the_layout_of_nist(tmp_path: Path) -> None:
+    meta = tmp_path / "meta"
+    names, people, matches = write_covariates(meta)
+    values = embeddings_of(people, noise=2.0)
+    file = write_keyed(tmp_path / "e.npz", names, values)
+    source = ["--task", "covariates", "--meta", meta, "--covariate", "YAW", "--far", "0.1", "--resamples", 0]
+    record = evaluate(tmp_path, "ijbc", *source, "--embeddings", file)
+    rows = unit(values.astype(float))
+    scores = np.array([rows[a] @ rows[b] for a, b in matches])
+    same = np.array([people[a] == people[b] for a, b in matches])
+    threshold = np.sort(scores[~same])[::-1][int(0.1 * (~same).sum() + 1e-9)]
+    is_front = np.array([a % 3 == 0 for a, _ in matches])
+    found = record["metrics"]["tar@far=0.1"]
+    assert 0 < found["value"] < 1
+    assert found["value"] == pytest.approx((scores[same] > threshold).mean())
+    for stratum, chosen in (("front", is_front), ("side", ~is_front)):
+        metrics = record["conditions"][f"YAW={stratum}"]["metrics"]
+        assert metrics["tar@far=0.1"]["value"] == pytest.approx((scores[same & chosen] > threshold).mean())
+        assert metrics["fmr@far=0.1"]["value"] == pytest.approx((scores[~same & chosen] > threshold).mean())
+    assert (record["counts"]["templates"], record["counts"]["pairs"]) == (40, 400)
+    assert any("the original has 47404001" in warning for warning in record["warnings"])
+    lines = (meta / "ijbc_11_covariate_probe_reference.csv").read_text().splitlines()[1:]
+    by_template = [f"crops/{line.split(',')[0]}.jpg" for line in lines]
+    file = write_keyed(tmp_path / "t.npz", by_template, values)
+    assert evaluate(tmp_path, "ijbc", *source, "--embeddings", file)["metrics"]["tar@far=0.1"] == found
+
+
+def test_a_photograph_of_several_templates_needs_crops_by_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, people, _ = write_covariates(tmp_path / "meta")
+    table = tmp_path / "meta" / "ijbc_11_covariate_probe_reference.csv"
+    table.write_text(table.read_text().replace(names[2], names[4]))
+    file = write_keyed(tmp_path / "e.npz", names, embeddings_of(people))
+    command = ["evaluate", "ijbc", "--task", "covariates", "--meta", tmp_path / "meta", "--embeddings", file]
+    assert main(list(map(str, [*command, "--out", tmp_path / "r.json"]))) == 2
+    assert f"{names[4]} shows the faces of several templates" in capsys.readouterr().err
+
+
+def test_matches_of_nist_without_labels_are_the_labelled_pairs(tmp_path: Path) -> None:
+    keys, people = write_ijb(tmp_path / "meta")
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(people, noise=2.5))
+    source = ["--meta", tmp_path / "meta", "--embeddings", file, "--far", "0.1", "--resamples", 0]
+    labelled = evaluate(tmp_path, "ijbc", *source)
+    matches = evaluate(tmp_path, "ijbc", *source, "--pairs", tmp_path / "meta" / "ijbc_11_G1_G2_matches.csv")
+    assert 0 < labelled["metrics"]["tar@far=0.1"]["value"] < 1
+    assert matches["metrics"] == labelled["metrics"]
+    assert matches["counts"] == labelled["counts"]
