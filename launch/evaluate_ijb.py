@@ -202,7 +202,6 @@ def _verify(
     if args.covariates is not None:
         parts["conditions"] = _strata(args, np.asarray(samples.template_ids), pairs, scores, result)
         files.append(args.covariates)
-    parts["counts"]["pairs"] = len(pairs.same)
     counts = ijb_covariates.COUNTS if args.task == "covariates" else COUNTS
     expected = counts[name] if args.pairs is None else {}
     return _Found(parts, expected, files, pair_details(scores, pairs.same, sides), scores)

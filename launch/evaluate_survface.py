@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from retrieval.metrics import GallerySearch
     from retrieval.protocols.collection import Collection
 
-#: Parts of the record, metadata of the model, files, and what `finish` may save.
+#: Parts of the record, metadata of the model, files, and more for `finish`.
 _Found = tuple[dict[str, Any], Any, tuple[Path, ...], dict[str, Any]]
 _FARS = "0.3,0.1,0.01,0.001"
 
@@ -107,7 +107,7 @@ def _verify(args: argparse.Namespace, collection: "Collection") -> _Found:
     from retrieval.details import pair_details
     from retrieval.metrics import area_under_roc, evaluate_pairs, pair_scores
     from retrieval.protocols.collection import natural_embeddings
-    from retrieval.protocols.survface import read_survface_pairs
+    from retrieval.protocols.survface import PAIR_COUNTS, read_survface_pairs
     from retrieval.results import metric, verification_record
 
     left, right, same, files = read_survface_pairs(args.root)
@@ -123,4 +123,5 @@ def _verify(args: argparse.Namespace, collection: "Collection") -> _Found:
     parts = verification_record(result, far_labels=labels, quality=quality, quality_name=quality_name(args, faces))
     parts["metrics"] |= frozen(args, genuine=result.genuine, impostor=result.impostor)
     parts["metrics"]["auc"] = metric(area_under_roc(result.genuine, result.impostor))
-    return parts, faces.metadata, files, {"details": pair_details(scores, same, sides), "scores": scores}
+    saved = {"details": pair_details(scores, same, sides), "scores": scores, "expected": PAIR_COUNTS}
+    return parts, faces.metadata, files, saved

@@ -8,7 +8,14 @@ import pytest
 
 from launch.cli import main
 from retrieval.embedding_files import read_embeddings, write_embeddings
-from tests.helpers.protocol_sets import embeddings_of, write_covariates, write_ijb, write_keyed, write_survface
+from tests.helpers.protocol_sets import (
+    embeddings_of,
+    write_covariates,
+    write_ijb,
+    write_ijbs,
+    write_keyed,
+    write_survface,
+)
 from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluate, unit, write_manifest
 
 
@@ -132,3 +139,50 @@ def test_matches_of_nist_without_labels_are_the_labelled_pairs(tmp_path: Path) -
     assert 0 < labelled["metrics"]["tar@far=0.1"]["value"] < 1
     assert matches["metrics"] == labelled["metrics"]
     assert matches["counts"] == labelled["counts"]
+
+
+def test_other_counts_than_those_of_the_original_are_told(tmp_path: Path) -> None:
+    keys, people = write_ijbs(tmp_path / "cs6")
+    file = write_keyed(tmp_path / "ijbs.npz", keys, embeddings_of(people))
+    source = ["--task", "uav_to_booking", "--protocol", tmp_path / "cs6", "--resamples", 0]
+    record = evaluate(tmp_path, "ijbs", *source, "--embeddings", file)
+    warned = " ".join(record["warnings"])
+    assert "subjects 6 (the original has 202), subject_videos 18 (the original has 3852)" in warned
+    keys, people = write_survface(tmp_path / "survface")
+    file = write_keyed(tmp_path / "survface.npz", keys, embeddings_of(people))
+    source = ["--task", "verification", "--root", tmp_path / "survface", "--embeddings", file]
+    warned = " ".join(evaluate(tmp_path, "survface", *source)["warnings"])
+    assert "genuine 2 (the original has 5320), impostor 2 (the original has 5320)" in warned
+
+
+@pytest.mark.parametrize(("subjects", "expected"), [(130, None), (80, None), (79, 130)])
+def test_the_counts_of_both_scface_tracks(tmp_path: Path, subjects: int, expected: int | None) -> None:
+    people = range(1, 131)
+    keys = [f"{s:03d}_frontal.jpg" for s in people]
+    keys += [f"{s:03d}_cam{c}_{d}.jpg" for s in people for c in range(1, 6) for d in (1, 2, 3)]
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of([int(key[:3]) for key in keys]))
+    (tmp_path / "test.txt").write_text("".join(f"{s:03d}\n" for s in range(1, subjects + 1)))
+    track = ["--subjects", tmp_path / "test.txt"] if subjects != 130 else []
+    record = evaluate(tmp_path, "scface", "--embeddings", file, *track, "--resamples", 0)
+    assert record["counts"]["probes_d2"] == 5 * subjects
+    warned = [text for text in record["warnings"] if "the original has" in text]
+    assert bool(warned) == (expected is not None)
+    if expected is not None:
+        assert f"gallery 79 (the original has {expected}), probes_d1 395 (the original has 650)" in warned[0]
+
+
+def test_a_video_listed_twice_is_one_trial(tmp_path: Path) -> None:
+    keys, people = write_ijbs(tmp_path / "cs6")
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(people, noise=0.2))
+    source = ["--task", "surveillance_to_single", "--protocol", tmp_path / "cs6", "--embeddings", file]
+    before = evaluate(tmp_path, "ijbs", *source, "--resamples", 0)
+    for name, line in (
+        ("cs6_metadata.csv", "2,videos/21.mp4,0\n"),
+        ("cs6_surveillance_to_single-booking_probe.csv", "videos/21.mp4\n"),
+        ("galleries/cs6_surveillance_to_single_g1.csv", "2,2,img/201.png\n"),
+    ):
+        with (tmp_path / "cs6" / name).open("a") as table:
+            table.write(line)
+    after = evaluate(tmp_path, "ijbs", *source, "--resamples", 0)
+    assert after["counts"] == before["counts"]
+    assert after["metrics"] == before["metrics"]
