@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.io import savemat
 
 from launch.cli import main
 from retrieval.embedding_files import read_embeddings, write_embeddings
 from tests.helpers.protocol_sets import (
+    cells,
     embeddings_of,
     write_covariates,
     write_ijb,
@@ -186,3 +188,66 @@ def test_a_video_listed_twice_is_one_trial(tmp_path: Path) -> None:
     after = evaluate(tmp_path, "ijbs", *source, "--resamples", 0)
     assert after["counts"] == before["counts"]
     assert after["metrics"] == before["metrics"]
+
+
+def test_ijbs_ranks_are_among_both_galleries(tmp_path: Path) -> None:
+    keys, people = write_ijbs(tmp_path / "cs6")
+    values = embeddings_of(people, noise=4.0)
+    file = write_keyed(tmp_path / "e.npz", keys, values)
+    source = ["--task", "surveillance_to_single", "--protocol", tmp_path / "cs6", "--embeddings", file]
+    record = evaluate(tmp_path, "ijbs", *source, "--resamples", 0)
+    rows = dict(zip(keys, values.astype(float), strict=True))
+    gallery = {subject: unit(rows[f"{subject}/img_{subject}01.jpg"]) for subject in range(1, 7)}
+    hits = hits_of_half = 0
+    for subject in gallery:
+        half = range(1, 4) if subject <= 3 else range(4, 7)
+        for video in (1, 2):
+            frames = [row for key, row in rows.items() if key.startswith(f"{subject}/videos_{subject}{video}_")]
+            if not frames:
+                continue
+            probe = np.sum(frames, axis=0)
+            hits += max(gallery, key=lambda s: float(gallery[s] @ probe)) == subject
+            hits_of_half += max(half, key=lambda s: float(gallery[s] @ probe)) == subject
+    assert 0 < hits < hits_of_half
+    assert record["metrics"]["rank_1"]["value"] == pytest.approx(hits / 12)
+
+
+def test_a_listed_probe_without_images_is_a_failure_and_counts(tmp_path: Path) -> None:
+    keys, people = write_ijb(tmp_path / "meta")
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(people, noise=0.1))
+    with (tmp_path / "meta" / "ijbc_1N_probe_mixed.csv").open("a") as table:
+        table.write("999,3,none.jpg\n")
+    source = ["--task", "1:N", "--meta", tmp_path / "meta", "--embeddings", file, "--resamples", 0]
+    record = evaluate(tmp_path, "ijbc", *source)
+    assert record["counts"]["fte_probes"] == 1
+    assert record["metrics"]["rank_1"]["value"] == pytest.approx(16 / 17)
+
+
+def test_the_area_of_survface_counts_those_beyond_the_list(tmp_path: Path) -> None:
+    """22 of the people enrolled look like one probe, so that its mate is beyond the list."""
+    gallery, probes, strangers = list(range(1, 31)), [1, 2, 3, 4], 6
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    for part, ids in (("gallery", gallery), ("mated_probe", probes)):
+        names = {f"{part}_set": cells([f"{p}.jpg" for p in ids]), f"{part}_ids": np.array(ids)[:, None]}
+        savemat(folder / f"{part}_img_ID_pairs.mat", names)
+    generator = np.random.default_rng(7)
+    enrolled = unit(generator.normal(size=(30, 24)))
+    sought = enrolled[:4] + 0.3 * generator.normal(size=(4, 24))
+    enrolled[8:30] = unit(sought[0] + 0.1 * generator.normal(size=(22, 24)))
+    others = generator.normal(size=(strangers, 24)) + 1.5 * enrolled[:strangers]
+    keys = [f"gallery/{p}.jpg" for p in gallery] + [f"mated_probe/{p}.jpg" for p in probes]
+    keys += [f"unmated_probe/{i}.jpg" for i in range(strangers)]
+    file = write_keyed(tmp_path / "e.npz", keys, np.concatenate([enrolled, sought, others]).astype(np.float32))
+    record = evaluate(tmp_path, "survface", "--root", folder, "--embeddings", file, "--resamples", 0)
+    scores, alarms = unit(sought) @ enrolled.T, (unit(others) @ enrolled.T).max(1)
+    wins, misses = 0.0, 0
+    for probe in range(4):
+        mate = scores[probe, probe]
+        if (scores[probe] > mate).sum() >= 20:
+            misses += 1
+            continue
+        wins += sum(mate > alarm for alarm in alarms.tolist())
+    assert misses == 1
+    assert 0 < wins < 3 * strangers
+    assert record["metrics"]["auc_tpir_l"]["value"] == pytest.approx(wins / (4 * strangers))
