@@ -132,10 +132,12 @@ def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | 
 
 def _opened(args: argparse.Namespace, stack: ExitStack, total: int | None) -> "Collection":
     from retrieval.embedding_files import read_embeddings
+    from retrieval.parted_embeddings import PartedEmbeddings
     from retrieval.protocols.collection import EmbeddedCollection, ImageCollection
 
     if args.embeddings is not None:
-        return EmbeddedCollection(read_embeddings(args.embeddings))
+        is_folder = args.embeddings.is_dir()
+        return EmbeddedCollection(PartedEmbeddings(args.embeddings) if is_folder else read_embeddings(args.embeddings))
     if args.images is None:
         raise ConfigError("--model needs --images: where the images lie.")
     from launch.embedders import open_embedder
