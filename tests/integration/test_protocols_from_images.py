@@ -96,3 +96,35 @@ def test_a_model_and_images_give_what_their_embeddings_give(
     for key, entry in records["embeddings"]["metrics"].items():
         assert records["model"]["metrics"][key]["value"] == pytest.approx(entry["value"], abs=1e-5)
     assert records["model"]["inputs"]["model"]["model_id"] == PixelEmbedder.model_id
+
+
+@pytest.mark.parametrize("flip", ["none", "sum"])
+def test_both_variants_of_tinyface_by_euclidean_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip: str
+) -> None:
+    monkeypatch.setattr("launch.embedders.open_embedder", lambda *_, **__: PixelEmbedder())
+    keys, people = write_tinyface(tmp_path / "lists")
+    shown = [row % 6 + 10 if row % 5 == 0 else person for row, person in enumerate(people)]  # some show somebody else
+    write_images(tmp_path / "Testing_Set", keys, shown)
+    source = ["--lists", tmp_path / "lists", "--model", "m", "--images", tmp_path / "Testing_Set", "--flip", flip]
+    record = evaluate(tmp_path, "tinyface", *source, "--resamples", 0)
+    found = embed(tmp_path / "Testing_Set", {}, flip=flip == "sum")
+    assert found.keys is not None
+    rows = dict(zip(found.keys.tolist(), found.unit().astype(float), strict=True))
+    ranks, precisions = [], []
+    for key, person in zip(keys[:12], people[:12], strict=True):
+        distances = [np.linalg.norm(rows[key] - rows[other]) for other in keys[12:]]
+        is_mate = [people[12:][place] == person for place in np.argsort(distances)]
+        ranks.append(1 + is_mate.index(True))
+        hits, area, before = 0, 0.0, 1.0
+        for place, mate in enumerate(is_mate, 1):
+            hits += mate
+            if mate:
+                area += (before + hits / place) / 2 / sum(is_mate)
+            before = hits / place
+        precisions.append(area)
+    assert len(set(ranks)) > 1
+    for rank in (1, 5, 10, 20):
+        assert record["metrics"][f"rank_{rank}"]["value"] == pytest.approx(np.mean(np.array(ranks) <= rank))
+    assert record["metrics"]["map"]["value"] == pytest.approx(np.mean(precisions))
+    assert record["preprocessing"]["flip"] == flip
