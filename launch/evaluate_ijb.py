@@ -120,6 +120,8 @@ def _check(args: argparse.Namespace) -> None:
     refuse_options(args, unused[args.task])
     if args.task == "covariates" and args.covariate is not None and args.covariates is None:
         args.covariates = _covariate_list(args)
+    if args.covariate is not None and args.covariates is None:
+        raise ConfigError(f"--covariate {args.covariate} needs --covariates, the file that has this column.")
     if args.task != "1:N" and args.rule not in PAIR_RULES:
         raise ConfigError(f"--rule {args.rule} is about searches; --task {args.task} has {', '.join(PAIR_RULES)}.")
 
