@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate_options import positive, rates
+from launch.evaluate_options import one_rate, positive
 from launch.fae_sets import SETS, TASKS
 from launch.training_overlap import add_trained_on, overlap_warnings
 
@@ -40,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sides", choices=("probe", "both"), default="probe", help="whose alignment is wrong (%(default)s)"
     )
-    parser.add_argument("--far", type=rates, default=rates("1e-2"), metavar="RATE", help="of false matches (1e-2)")
-    parser.add_argument("--fpir", type=rates, default=rates("0.1"), metavar="RATE", help="of false alarms (0.1)")
+    parser.add_argument(
+        "--far", type=one_rate, default=one_rate("1e-2"), metavar="RATE", help="of false matches (1e-2)"
+    )
+    parser.add_argument("--fpir", type=one_rate, default=one_rate("0.1"), metavar="RATE", help="of false alarms (0.1)")
     add_trained_on(parser)
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")

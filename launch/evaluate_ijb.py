@@ -3,16 +3,19 @@
 --meta holds the files of the InsightFace release (ijbc_face_tid_mid.txt, ijbc_name_5pts_score.txt, the pairs, the 1:N
 lists). With --model the loose crops are aligned by their landmarks and embedded; with --embeddings the rows are those
 of the list of images, by `keys` or in its order. Both galleries of 1:N are searched on their own with all probes.
+
+--task covariates reads NIST's ijbX_11_covariate_probe_reference.csv and ijbX_11_covariate_matches.csv from --meta; its
+images are aligned faces named as FILENAME, or TEMPLATE_ID.jpg.
 """
 
 import argparse
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from aroface.errors import DataError
-from launch.evaluate_options import add_rule, positive, rates
+from aroface.errors import ConfigError, DataError
+from launch.evaluate_options import add_rule, positive, rates, refuse_options
 from launch.evaluate_source import (
     add_out,
     add_pooling,
@@ -27,6 +30,7 @@ from launch.evaluate_source import (
 if TYPE_CHECKING:
     from retrieval.embeddings import EmbeddingSet
     from retrieval.metrics import VerificationResult
+    from retrieval.protocols.collection import Collection
     from retrieval.protocols.ijb import IjbName, IjbPairs, TemplateList
     from retrieval.templates import TemplateSamples
 
@@ -48,11 +52,15 @@ class _Found:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--task", choices=("1:1", "1:N"), default="1:1", help="what is evaluated (%(default)s)")
+    parser.add_argument(
+        "--task", choices=("1:1", "1:N", "covariates"), default="1:1", help="what is evaluated (%(default)s)"
+    )
     parser.add_argument("--meta", type=Path, required=True, metavar="DIR", help="folder of the protocol files")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="other pairs (default: the release's list)")
-    parser.add_argument("--covariates", type=Path, metavar="CSV", help="templates with covariates; needs --covariate")
-    parser.add_argument("--covariate", metavar="COLUMN", help="TAR of genuine pairs by this column of the first side")
+    parser.add_argument(
+        "--covariates", type=Path, metavar="CSV", help="templates with covariates (of --task covariates: its own list)"
+    )
+    parser.add_argument("--covariate", metavar="COLUMN", help="TAR and FMR by this column of the first side")
     add_source(parser, images="folder of the loose crops")
     add_pooling(parser, "N1D1")
     parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"1:1 ({_FARS})")
@@ -65,24 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
-    from retrieval.protocols.ijb import read_ijb_samples
     from retrieval.templates import Pooling, pool_templates
 
+    _check(args)
     name = cast("IjbName", args.entry)
     pooling = Pooling.parse(args.pooling)
-    files = [args.meta / f"{name}_face_tid_mid.txt", args.meta / f"{name}_name_5pts_score.txt"]
-    samples = read_ijb_samples(args.meta, name)
-    lists, list_files = _lists(args, name)
-    if lists:
-        from retrieval.protocols.ijb import with_subjects
-
-        samples = with_subjects(samples, lists)
+    if args.task == "covariates":  # one image a template: no detector scores, and nothing that they could weight
+        pooling = replace(pooling, detector=False)
+    lists, files = _lists(args, name)
     with ExitStack() as stack:
-        collection = open_collection(args, stack, total=len(samples.keys))
+        samples, collection = _samples(args, stack, name, lists)
         landmarks = None if args.embeddings is not None else samples.landmarks
         chunks = collection.chunks(samples.keys, samples.stream_order(), landmarks=landmarks)
         templates = pool_templates(samples, chunks, pooling, name=name)
-    evaluate = _verify if args.task == "1:1" else _search
+    evaluate = _search if args.task == "1:N" else _verify
     found = evaluate(args, name, samples, templates, lists)
     found.parts["counts"] |= {"images": len(samples.keys), "templates": len(templates), "missing": collection.missing}
     found.parts["counts"]["fte_samples"] = len(samples.keys) - int(templates.metadata["samples_used"])
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         title=f"{name.upper()} {args.task}",
         rule=args.rule,
         model=templates.metadata,
-        files=[*files, *list_files, *found.files],
+        files=[*files, *found.files],
         expected=found.expected,
         details=found.details,
         scores=found.scores,
@@ -104,15 +108,62 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _lists(args: argparse.Namespace, name: "IjbName") -> "tuple[tuple[TemplateList, ...], list[Path]]":
-    """The 1:N lists, or nothing for 1:1."""
-    from retrieval.protocols.ijb import GALLERIES, read_template_list
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what the task does not use."""
+    from retrieval.metrics.rules import PAIR_RULES
 
-    if args.task == "1:1":
-        return (), []
+    unused = {
+        "1:1": ("save_candidates",),
+        "covariates": ("save_candidates",),
+        "1:N": ("save_scores", "covariates", "covariate", "pairs"),
+    }
+    refuse_options(args, unused[args.task])
+    if args.task == "covariates" and args.covariate is not None and args.covariates is None:
+        args.covariates = _covariate_list(args)
+    if args.covariate is not None and args.covariates is None:
+        raise ConfigError(f"--covariate {args.covariate} needs --covariates, the file that has this column.")
+    if args.task != "1:N" and args.rule not in PAIR_RULES:
+        raise ConfigError(f"--rule {args.rule} is about searches; --task {args.task} has {', '.join(PAIR_RULES)}.")
+
+
+def _lists(args: argparse.Namespace, name: "IjbName") -> "tuple[tuple[TemplateList, ...], list[Path]]":
+    """The 1:N lists where subjects are needed, and the files that were read."""
+    from retrieval.protocols.ijb import GALLERIES, read_template_list
+    from retrieval.protocols.ijb_covariates import has_labels
+
+    if args.task == "covariates":
+        return (), [_covariate_list(args)]
+    files = [args.meta / f"{name}_face_tid_mid.txt", args.meta / f"{name}_name_5pts_score.txt"]
+    if args.task == "1:1" and has_labels(_pairs_path(args)):
+        return (), files
     paths = [args.meta / f"{name}_1N_gallery_{gallery}.csv" for gallery in GALLERIES[name]]
     paths.append(args.meta / f"{name}_1N_probe_mixed.csv")
-    return tuple(read_template_list(path) for path in paths), paths
+    return tuple(read_template_list(path) for path in paths), [*files, *paths]
+
+
+def _covariate_list(args: argparse.Namespace) -> Path:
+    return Path(args.meta, f"{args.entry}_11_covariate_probe_reference.csv")
+
+
+def _pairs_path(args: argparse.Namespace) -> Path:
+    listed = "11_covariate_matches.csv" if args.task == "covariates" else "template_pair_label.txt"
+    return Path(args.pairs or args.meta / f"{args.entry}_{listed}")
+
+
+def _samples(
+    args: argparse.Namespace, stack: ExitStack, name: "IjbName", lists: "tuple[TemplateList, ...]"
+) -> "tuple[TemplateSamples, Collection]":
+    """Templates of the task, with their subjects where these are listed, and where their images are."""
+    from retrieval.protocols.ijb import read_ijb_samples, with_subjects
+    from retrieval.protocols.ijb_covariates import read_covariate_samples
+
+    if args.task == "covariates":
+        collection = open_collection(args, stack)
+        return read_covariate_samples(_covariate_list(args), collection.keys), collection
+    samples = read_ijb_samples(args.meta, name)
+    if lists:
+        samples = with_subjects(samples, lists)
+    return samples, open_collection(args, stack, total=len(samples.keys))
 
 
 def _verify(
@@ -126,12 +177,17 @@ def _verify(
 
     from retrieval.details import pair_details
     from retrieval.metrics import evaluate_pairs, pair_scores
+    from retrieval.protocols import ijb_covariates
     from retrieval.protocols.ijb import COUNTS, read_ijb_pairs, subjects_of_pairs
     from retrieval.results import verification_record
 
-    path = args.pairs or args.meta / f"{name}_template_pair_label.txt"
-    pairs = read_ijb_pairs(path, samples.template_ids)
-    subjects = subjects_of_pairs(pairs, len(templates))
+    path = _pairs_path(args)
+    if lists or args.task == "covariates":
+        pairs = ijb_covariates.read_matches(path, samples)
+        subjects = np.unique(samples.subject_ids, return_inverse=True)[1]
+    else:
+        pairs = read_ijb_pairs(path, samples.template_ids)
+        subjects = subjects_of_pairs(pairs, len(templates))
     scores = pair_scores(templates, pairs.first, pairs.second, similarity=args.similarity)
     sides = subjects[pairs.first], subjects[pairs.second]
     result = evaluate_pairs(
@@ -148,9 +204,9 @@ def _verify(
     if args.covariates is not None:
         parts["conditions"] = _strata(args, np.asarray(samples.template_ids), pairs, scores, result)
         files.append(args.covariates)
-    return _Found(
-        parts, COUNTS[name] if args.pairs is None else {}, files, pair_details(scores, pairs.same, sides), scores
-    )
+    counts = ijb_covariates.COUNTS if args.task == "covariates" else COUNTS
+    expected = counts[name] if args.pairs is None else {}
+    return _Found(parts, expected, files, pair_details(scores, pairs.same, sides), scores)
 
 
 def _strata(

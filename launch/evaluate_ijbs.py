@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.details import search_details
     from retrieval.embeddings import concatenate
     from retrieval.metrics import evaluate_identification
-    from retrieval.protocols.ijbs import read_ijbs
+    from retrieval.protocols.ijbs import COUNTS, read_ijbs
     from retrieval.results import identification_record
     from retrieval.templates import Pooling, pool_templates
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     parts["metrics"] |= {key: entry for key, entry in of_both["metrics"].items() if key.startswith("rank_")}
     parts["metrics"] |= frozen(args, searches=opened.searches)
     parts["curves"] |= {"cmc": of_both["curves"]["cmc"]}
-    parts["counts"] |= {
+    parts["counts"] |= plan.counts | {
         "mated": closed.num_mated,
         "gallery_1": len(one),
         "gallery_2": len(two),
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         rule=args.rule,
         model=templates.metadata,
         files=plan.files,
+        expected=COUNTS,
         details=search_details(closed.searches, probes.subject_ids),
         searched=((one, two), probes),
         similarity=args.similarity,

@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from aroface.errors import ConfigError
 from retrieval.metrics.rules import RULES
 
-__all__ = ["RateList", "add_rule", "counts", "positive", "print_record", "rates"]
+__all__ = ["RateList", "add_rule", "counts", "one_rate", "positive", "print_record", "rates", "refuse_options"]
 
 
 class RateList(tuple[str, ...]):
@@ -34,6 +35,14 @@ def rates(text: str) -> RateList:
     return labels
 
 
+def one_rate(text: str) -> RateList:
+    """Parse `1e-2`: a single rate, where the protocol measures at one operating point."""
+    labels = rates(text)
+    if len(labels) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} holds {len(labels)} rates; here is one, such as {labels[0]}")
+    return labels
+
+
 def positive(text: str) -> int:
     """Parse a whole number of at least 1."""
     if not text.strip().isdigit() or int(text) < 1:
@@ -44,6 +53,23 @@ def positive(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Parse `1,5,10`: comma-separated whole numbers of at least 1."""
     return [positive(part) for part in text.split(",")]
+
+
+def refuse_options(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Refuse options that the chosen --task does not use.
+
+    Args:
+        args: parsed, with `task`.
+        names: of the options, as attributes; each is None or False unless it was given.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect on --task {args.task}; leave it out, or choose another task."
+            )
 
 
 def add_rule(parser: argparse.ArgumentParser, choices: Sequence[str] = RULES) -> None:

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 _FARS = "1e-4,1e-3,1e-2"
 #: Pairs of the originals.
-_PAIRS = dict.fromkeys(("lfw", "agedb_30", "calfw", "cplfw", "xqlfw"), 6000) | {"cfp_fp": 7000, "cfp_ff": 7000}
+_PAIRS = dict.fromkeys(("lfw", "agedb_30", "calfw", "cplfw", "xqlfw"), 6000) | {
+    "cfp_fp": 7000,
+    "cfp_ff": 7000,
+    "vgg2_fp": 5000,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.details import search_details
     from retrieval.metrics import evaluate_identification
     from retrieval.protocols.collection import natural_embeddings
-    from retrieval.protocols.scface import DISTANCES_M, find_scface, read_subjects
+    from retrieval.protocols.scface import DISTANCES_M, expected_counts, find_scface, read_subjects
     from retrieval.results import identification_record, metric
 
     subjects = read_subjects(args.subjects) if args.subjects is not None else None
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     metrics = {f"rank_1@{name}": entry["metrics"]["rank_1"] for name, entry in conditions.items()}
     metrics["rank_1_mean"] = metric(float(np.mean([v for v in values if v is not None])))
     counts = {"gallery": len(gallery), "probes": sum(map(len, probes)), "missing": collection.missing}
+    counts |= {f"probes_d{distance}": len(rows) for distance, rows in files.probes.items()}
     finish(
         args,
         "scface",
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         rule="canonical",
         model=gallery.metadata,
         details=details,
+        expected=expected_counts(subjects),
         files=[args.subjects] if args.subjects is not None else [],
     )
     return 0

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from retrieval.embeddings import EmbeddingSet
     from retrieval.protocols.collection import Collection
 
-__all__ = ["add_out", "add_pooling", "add_similarity", "add_source", "finish", "frozen", "open_collection"]
+__all__ = ["RESAMPLES", "add_out", "add_pooling", "add_similarity", "add_source", "finish", "frozen", "open_collection"]
 __all__ += ["open_images", "quality_name"]
 
 #: Options that name files which the numbers depend on.
 _FILE_OPTIONS = ("embeddings", "quality", "thresholds")
 #: Length of candidate lists where a protocol has no --candidates.
 _CANDIDATES = 20
+#: Of the bootstrap over subjects, unless --resamples says otherwise.
+RESAMPLES = 1000
 
 
 def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
@@ -85,9 +87,9 @@ def add_out(
     parser.add_argument(
         "--resamples",
         type=int,
-        default=1000,
+        default=RESAMPLES,
         metavar="N",
-        help="of the bootstrap over subjects, for the intervals; 0: Wilson, as of independent trials (%(default)s)",
+        help=f"of the bootstrap over subjects, for the intervals; 0: Wilson, as of independent trials ({RESAMPLES})",
     )
     if thresholds:
         parser.add_argument(
@@ -130,10 +132,12 @@ def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | 
 
 def _opened(args: argparse.Namespace, stack: ExitStack, total: int | None) -> "Collection":
     from retrieval.embedding_files import read_embeddings
+    from retrieval.parted_embeddings import PartedEmbeddings
     from retrieval.protocols.collection import EmbeddedCollection, ImageCollection
 
     if args.embeddings is not None:
-        return EmbeddedCollection(read_embeddings(args.embeddings))
+        is_folder = args.embeddings.is_dir()
+        return EmbeddedCollection(PartedEmbeddings(args.embeddings) if is_folder else read_embeddings(args.embeddings))
     if args.images is None:
         raise ConfigError("--model needs --images: where the images lie.")
     from launch.embedders import open_embedder
@@ -158,7 +162,9 @@ def quality_name(args: argparse.Namespace, embeddings: "EmbeddingSet") -> str:
     """What the quality is, for the result."""
     if getattr(args, "quality", None) is not None:
         return str(args.quality.name)
-    return "norm" if embeddings.qualities is None or "pooling" in embeddings.metadata else "qualities of the file"
+    if "pooling" in embeddings.metadata:  # templates always have qualities: the mean of what their samples had
+        return str(embeddings.metadata.get("quality", "norm"))
+    return "norm" if embeddings.qualities is None else "qualities of the file"
 
 
 def frozen(args: argparse.Namespace, **scores: Any) -> dict[str, Any]:

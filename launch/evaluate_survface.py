@@ -10,14 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.evaluate_options import rates
-from launch.evaluate_source import add_out, add_source, finish, frozen, open_collection, quality_name
+from launch.evaluate_options import rates, refuse_options
+from launch.evaluate_source import RESAMPLES, add_out, add_source, finish, frozen, open_collection, quality_name
 
 if TYPE_CHECKING:
     from retrieval.metrics import GallerySearch
     from retrieval.protocols.collection import Collection
 
-#: Parts of the record, metadata of the model, files, and what `finish` may save.
+#: Parts of the record, metadata of the model, files, and more for `finish`.
 _Found = tuple[dict[str, Any], Any, tuple[Path, ...], dict[str, Any]]
 _FARS = "0.3,0.1,0.01,0.001"
 
@@ -33,10 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_source(parser, images="folder with gallery/, mated_probe/ and unmated_probe/, or the verification images")
     add_out(parser, pairs=True, searches=True)
+    parser.set_defaults(resamples=None)  # the lists of pairs name no people: nothing to resample
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
+    unused = {"identification": ("save_scores",), "verification": ("save_candidates", "image_gallery", "resamples")}
+    refuse_options(args, unused[args.task])
     with ExitStack() as stack:
         collection = open_collection(args, stack)
         evaluate = _identify if args.task == "identification" else _verify
@@ -76,7 +79,7 @@ def _identify(args: argparse.Namespace, collection: "Collection") -> _Found:
         fpirs=[float(rate) for rate in FPIRS],
         candidates=LIST_LENGTH,
         rank_level="identity" if args.image_gallery else "entry",
-        resamples=args.resamples,
+        resamples=RESAMPLES if args.resamples is None else args.resamples,
     )
     parts = identification_record(result, fpir_labels=FPIRS)
     parts["metrics"]["auc_tpir_l"] = _area(result.searches[0], LIST_LENGTH)
@@ -104,7 +107,7 @@ def _verify(args: argparse.Namespace, collection: "Collection") -> _Found:
     from retrieval.details import pair_details
     from retrieval.metrics import area_under_roc, evaluate_pairs, pair_scores
     from retrieval.protocols.collection import natural_embeddings
-    from retrieval.protocols.survface import read_survface_pairs
+    from retrieval.protocols.survface import PAIR_COUNTS, read_survface_pairs
     from retrieval.results import metric, verification_record
 
     left, right, same, files = read_survface_pairs(args.root)
@@ -120,4 +123,5 @@ def _verify(args: argparse.Namespace, collection: "Collection") -> _Found:
     parts = verification_record(result, far_labels=labels, quality=quality, quality_name=quality_name(args, faces))
     parts["metrics"] |= frozen(args, genuine=result.genuine, impostor=result.impostor)
     parts["metrics"]["auc"] = metric(area_under_roc(result.genuine, result.impostor))
-    return parts, faces.metadata, files, {"details": pair_details(scores, same, sides), "scores": scores}
+    saved = {"details": pair_details(scores, same, sides), "scores": scores, "expected": PAIR_COUNTS}
+    return parts, faces.metadata, files, saved

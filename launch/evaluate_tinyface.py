@@ -3,6 +3,9 @@
 --lists holds gallery_match_img_ID_pairs.mat and probe_img_ID_pairs.mat. Images lie in Probe/, Gallery_Match/ and
 Gallery_Distractor/, as in Testing_Set of the original or in an aligned copy; embeddings are keyed by these paths. An
 image that is missing is a miss. Every probe has a mate, so that there is no open-set rate.
+
+The official variant: --flip none on Testing_Set (Euclidean distance ranks unit features as the cosine does). That of
+AdaFace and ARoFace: the aligned folder, mirror images added.
 """
 
 import argparse

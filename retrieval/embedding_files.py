@@ -14,8 +14,9 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,7 @@ from aroface.errors import DataError
 from aroface.files import atomic_path, read_json, sha256_of, write_json
 from retrieval.embeddings import OPTIONAL_COLUMNS, EmbeddingSet
 
-__all__ = ["INDEX_NAME", "iterate_embeddings", "read_embeddings", "write_embeddings", "write_index"]
+__all__ = ["INDEX_NAME", "iterate_embeddings", "part_readers", "read_embeddings", "write_embeddings", "write_index"]
 
 INDEX_NAME = "index.json"
 _FORMAT_VERSION = 1
@@ -87,14 +88,26 @@ def iterate_embeddings(path: Path) -> Iterator[EmbeddingSet]:
     if not path.is_dir():
         yield _read_file(path)
         return
-    rows, dimension, entries = _read_index(path)
-    total = 0
-    for name, count, digest in entries:
-        part = _read_part(path / name, count, digest, 0, np.empty((count, dimension), np.float32))
-        total += len(part)
-        yield replace(part, name=str(path / name))
+    for read in part_readers(path):
+        yield read()
+
+
+def part_readers(folder: Path) -> list[Callable[[], EmbeddingSet]]:
+    """One function per part, in the order of the rows, that reads and checks it.
+
+    Raises:
+        DataError: as `read_embeddings`; what is wrong with a part is raised where it is read.
+    """
+    rows, dimension, entries = _read_index(folder)
+    total = sum(count for _, count, _ in entries)
     if total != rows:
-        raise DataError(f"{path / INDEX_NAME} says {rows} rows, its parts have {total}.")
+        raise DataError(f"{folder / INDEX_NAME} says {rows} rows, its parts have {total}.")
+    return [partial(_read_alone, folder / name, count, dimension, digest) for name, count, digest in entries]
+
+
+def _read_alone(path: Path, rows: int, dimension: int, digest: str) -> EmbeddingSet:
+    part = _read_part(path, rows, digest, 0, np.empty((rows, dimension), np.float32))
+    return replace(part, name=str(path))
 
 
 def _read_index(folder: Path) -> tuple[int, int, list[tuple[str, int, str]]]:

@@ -69,7 +69,7 @@ class TemplateSamples:
     media: NDArray[Any]  #: (N,) stills and videos; an id counts within its template only
     template_ids: NDArray[Any]  #: (T,) distinct
     subject_ids: NDArray[Any]  #: (T,)
-    det_scores: NDArray[np.float32] | None = None  #: (N,)
+    det_scores: NDArray[np.float32] | None = None  #: (N,); None: those of the embeddings, if any
     landmarks: NDArray[np.float32] | None = None  #: (N, 10) x and y of five points, pixels of the image
 
     def stream_order(self) -> NDArray[np.int64]:
@@ -219,7 +219,8 @@ def pool_templates(
         if sums is None:
             dim = embedded.embeddings.shape[1]
             sums = PrecisionSums(count, dim) if pooling.precision else TemplateSums(count, dim, pooling)
-            metadata = dict(embedded.metadata)
+            source = "norm" if embedded.qualities is None else "qualities of the file"
+            metadata = dict(embedded.metadata) | {"quality": source}
         template, enrolled = samples.template[rows], embedded.enrolled
         used += np.bincount(template[enrolled], minlength=count)
         quality += np.bincount(template[enrolled], embedded.quality[enrolled], minlength=count)
@@ -232,7 +233,7 @@ def pool_templates(
             samples.media[rows],
             embedded.embeddings,
             usable=enrolled,
-            det_scores=None if samples.det_scores is None else samples.det_scores[rows],
+            det_scores=embedded.det_scores if samples.det_scores is None else samples.det_scores[rows],
             quality=_weights(embedded) if pooling.by_quality else None,
         )
     if sums is None or not used.any():

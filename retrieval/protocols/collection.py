@@ -12,6 +12,7 @@ from aroface.errors import DataError
 from aroface.types import Embedder, FaceSet
 from retrieval.embeddings import EmbeddingSet, concatenate
 from retrieval.extraction import FlipMode, embed_face_set
+from retrieval.parted_embeddings import PartedEmbeddings
 
 __all__ = ["Collection", "EmbeddedCollection", "ImageCollection", "RatedCollection", "by_stem", "natural_embeddings"]
 
@@ -144,7 +145,7 @@ class RatedCollection:
 class EmbeddedCollection:
     """Embeddings with the names of their images; without names, rows are taken in the order of the protocol."""
 
-    def __init__(self, embeddings: EmbeddingSet) -> None:
+    def __init__(self, embeddings: EmbeddingSet | PartedEmbeddings) -> None:
         self._embeddings = embeddings
         self._names: Sequence[str] | None = None if embeddings.keys is None else embeddings.keys.tolist()
         self._place = {name: place for place, name in enumerate(self._names or ())}
@@ -179,6 +180,7 @@ class EmbeddedCollection:
                     np.where(failed[:, None], np.float32(0), part.embeddings),
                     part.subject_ids,
                     fte=failed,
+                    det_scores=part.det_scores,
                     qualities=part.qualities,
                     variances=part.variances,
                     metadata=self._embeddings.metadata,

@@ -238,7 +238,7 @@ class _Runner:
         return errors, distances
 
     def score(self, references: EmbeddingSet, probes: EmbeddingSet) -> _Scores:
-        """Compare what the set compares."""
+        """Compare what the set compares; the strangers of two galleries are taken together, under one threshold."""
         if self._set.pairs is not None:
             first, second, same = self._set.pairs
             both = concatenate([references, probes])

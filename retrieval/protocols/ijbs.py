@@ -18,7 +18,7 @@ from aroface.errors import DataError
 from retrieval.protocols.text_tables import read_columns, read_lines
 from retrieval.templates import TemplateSamples
 
-__all__ = ["EXPERIMENTS", "Experiment", "IjbsTemplates", "read_ijbs"]
+__all__ = ["COUNTS", "EXPERIMENTS", "Experiment", "IjbsTemplates", "read_ijbs"]
 
 _SAMPLE = re.compile(
     r"(?:^|/)(?P<subject>[^/]+)/(?:videos_(?P<video>[^_/]+)_(?P<frame>[^/]+)|img_(?P<image>[^/]+))\.\w+$"
@@ -46,6 +46,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "uav_to_booking": Experiment("surveillance_to_booking", "cs6_uav_to_single-booking_probe.csv"),
 }
 
+#: Counts of the original metadata.
+COUNTS = {"subjects": 202, "subject_videos": 3852}
+
 #: A template: its subject, and the media that it is made of (`videos/5004`, `img/101146`).
 _Template = tuple[str, tuple[str, ...]]
 
@@ -58,6 +61,7 @@ class IjbsTemplates:
     galleries: tuple[list[int], list[int]]  #: templates of G1 and of G2
     probes: list[int]
     files: tuple[Path, ...]
+    counts: dict[str, int]  #: of the metadata, as in `COUNTS`
 
 
 def read_ijbs(folder: Path, experiment: str, keys: Iterable[str], *, all_videos: bool = False) -> IjbsTemplates:
@@ -78,7 +82,8 @@ def read_ijbs(folder: Path, experiment: str, keys: Iterable[str], *, all_videos:
     paths = [folder / "galleries" / f"cs6_{plan.gallery}_g{number}.csv" for number in (1, 2)]
     metadata_path, probe_path = folder / "cs6_metadata.csv", folder / plan.probes
     galleries = [_gallery(path, plan.gallery) for path in paths]
-    probes = _probes(metadata_path, probe_path, multi_view=plan.multi_view, all_videos=all_videos)
+    shown = _shown(metadata_path)
+    probes = _probes(shown, metadata_path, probe_path, multi_view=plan.multi_view, all_videos=all_videos)
     _check_disjoint(galleries, probes, paths)
     templates = [*galleries[0], *galleries[1], *probes]
     edges = np.cumsum([0, len(galleries[0]), len(galleries[1]), len(probes)]).tolist()
@@ -87,6 +92,10 @@ def read_ijbs(folder: Path, experiment: str, keys: Iterable[str], *, all_videos:
         (list(range(edges[0], edges[1])), list(range(edges[1], edges[2]))),
         list(range(edges[2], edges[3])),
         (metadata_path, *paths, probe_path),
+        {
+            "subjects": len({subject for subject, _ in shown}),
+            "subject_videos": sum(name.startswith("videos/") for _, name in shown),
+        },
     )
 
 
@@ -108,7 +117,16 @@ def _gallery(path: Path, kind: str) -> list[_Template]:
     return [(subject, (name,)) for subject in sorted(media) for name in sorted(media[subject])]
 
 
-def _probes(metadata: Path, listed: Path, *, multi_view: bool, all_videos: bool) -> list[_Template]:
+def _shown(metadata: Path) -> list[tuple[str, str]]:
+    """Who is seen where: distinct (subject, media). A video listed twice for one subject is one template, one trial."""
+    columns = read_columns(metadata, ("SUBJECT_ID", "FILENAME"))
+    rows = zip(columns["SUBJECT_ID"].tolist(), columns["FILENAME"].tolist(), strict=True)
+    return list(dict.fromkeys((subject, _media(name, metadata)) for subject, name in rows))
+
+
+def _probes(
+    shown: Sequence[tuple[str, str]], metadata: Path, listed: Path, *, multi_view: bool, all_videos: bool
+) -> list[_Template]:
     lines = read_lines(listed)
     names = [line.split(",")[0].strip() for line in lines]
     if names and not names[0].startswith(("videos/", "img/")):
@@ -116,10 +134,8 @@ def _probes(metadata: Path, listed: Path, *, multi_view: bool, all_videos: bool)
     wanted = {_media(name, listed) for name in names}
     if not wanted:
         raise DataError(f"{listed} lists no probe.")
-    columns = read_columns(metadata, ("SUBJECT_ID", "FILENAME"))
     media: dict[str, set[str]] = defaultdict(set)
-    for subject, name in zip(columns["SUBJECT_ID"].tolist(), columns["FILENAME"].tolist(), strict=True):
-        found = _media(name, metadata)
+    for subject, found in shown:
         if found in wanted or (all_videos and multi_view and found.startswith("videos/")):
             media[subject].add(found)
     if unknown := wanted - {name for names in media.values() for name in names}:

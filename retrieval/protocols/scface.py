@@ -16,10 +16,11 @@ import numpy as np
 from aroface.errors import DataError
 from retrieval.protocols.text_tables import read_lines
 
-__all__ = ["DISTANCES_M", "ScfaceFiles", "find_scface", "read_subjects"]
+__all__ = ["DISTANCES_M", "ScfaceFiles", "expected_counts", "find_scface", "read_subjects"]
 
 DISTANCES_M = {1: 4.20, 2: 2.60, 3: 1.00}
 _CAMERAS = range(1, 6)
+_SUBJECTS, _TEST_SUBJECTS = 130, 80
 _FRONTAL = re.compile(r"(?:^|/)(\d{3})_frontal\.\w+$", re.IGNORECASE)
 _SURVEILLANCE = re.compile(r"(?:^|/)(\d{3})_cam(\d)_(\d)\.\w+$", re.IGNORECASE)
 
@@ -60,6 +61,13 @@ def find_scface(keys: Iterable[str], *, subjects: set[int] | None = None) -> Scf
         raise DataError(f"Subject {min(absent):03d} has no mugshot NNN_frontal.jpg.")
     kept = {d: [(key, s) for key, s in rows if s in chosen] for d, rows in probes.items()}
     return ScfaceFiles([(key, subject) for subject, key in sorted(gallery.items()) if subject in chosen], kept)
+
+
+def expected_counts(subjects: set[int] | None) -> dict[str, int]:
+    """Counts of the track: all 130 subjects, or the 80 of the test after fine-tuning, five probes each a distance."""
+    is_test = subjects is not None and len(subjects) == _TEST_SUBJECTS
+    count = _TEST_SUBJECTS if is_test else _SUBJECTS
+    return {"gallery": count} | {f"probes_d{distance}": count * len(_CAMERAS) for distance in DISTANCES_M}
 
 
 def read_subjects(path: Path) -> set[int]:

@@ -19,10 +19,20 @@ from retrieval.protocols.collection import by_stem
 from retrieval.protocols.text_tables import matlab_cells
 from retrieval.templates import TemplateSamples
 
-__all__ = ["FPIRS", "LIST_LENGTH", "SurvFaceLists", "read_survface", "read_survface_pairs", "survface_samples"]
+__all__ = [
+    "FPIRS",
+    "LIST_LENGTH",
+    "PAIR_COUNTS",
+    "SurvFaceLists",
+    "read_survface",
+    "read_survface_pairs",
+    "survface_samples",
+]
 
 #: The operating points of the challenge: TPIR within 20 candidates.
 FPIRS, LIST_LENGTH = ("0.3", "0.2", "0.1", "0.01"), 20
+#: Pairs of the verification test.
+PAIR_COUNTS = {"genuine": 5320, "impostor": 5320}
 _GALLERY, _MATED, _UNMATED = "gallery", "mated_probe", "unmated_probe"
 
 

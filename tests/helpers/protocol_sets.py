@@ -73,15 +73,34 @@ def write_ijb(meta: Path, *, name: str = "ijbc") -> tuple[list[str], list[int]]:
     probes = [t for t in templates if t[2] != "g"]
     pairs = [(g, p, int(gp == pp)) for g, gp, _ in galleries for p, pp, _ in probes]
     (meta / f"{name}_template_pair_label.txt").write_text("".join(f"{a} {b} {c}\n" for a, b, c in pairs))
+    (meta / f"{name}_11_G1_G2_matches.csv").write_text("".join(f"{a},{b}\n" for a, b, _ in pairs))
     by_template: dict[int, list[str]] = {}
     for image, template, _ in rows:
         by_template.setdefault(template, []).append(image)
-    parts = {"gallery_G1": galleries[:4], "gallery_G2": galleries[4:], "probe_mixed": probes}
+    first, second = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}[name]
+    parts = {f"gallery_{first}": galleries[:4], f"gallery_{second}": galleries[4:], "probe_mixed": probes}
     for part, listed in parts.items():
         text = "TEMPLATE_ID,SUBJECT_ID,FILENAME\n"
         text += "".join(f"{t},{p},{image}\n" for t, p, _ in listed for image in by_template[t])
         (meta / f"{name}_1N_{part}.csv").write_text(text)
     return [row[0] for row in rows], people
+
+
+def write_covariates(meta: Path, *, name: str = "ijbc") -> tuple[list[str], list[int], list[tuple[int, int]]]:
+    """NIST's covariate test: 10 people with 4 single-image templates each, of numbers in no order; and its matches."""
+    meta.mkdir(parents=True)
+    generator = np.random.default_rng(3)
+    ids = generator.permutation(np.arange(1000, 1040)).tolist()
+    people = [row % 10 for row in range(40)]
+    names = [f"{'img' if row % 2 else 'frames'}/{5000 + row}.jpg" for row in range(40)]
+    head = "TEMPLATE_ID,SUBJECT_ID,FILENAME,SIGHTING_ID,FACE_X,FACE_Y,FACE_WIDTH,FACE_HEIGHT,YAW\n"
+    rows = zip(ids, people, names, strict=True)
+    lines = (f"{t},{70 + p},{n},{i},1,2,30,40,{'side' if i % 3 else 'front'}\n" for i, (t, p, n) in enumerate(rows))
+    (meta / f"{name}_11_covariate_probe_reference.csv").write_text(head + "".join(lines))
+    matches = [(a, b) for a in range(20) for b in range(20, 40)]
+    text = "".join(f"{ids[a]},{ids[b]}\n" for a, b in matches)
+    (meta / f"{name}_11_covariate_matches.csv").write_text(text)
+    return names, people, matches
 
 
 def write_ijbs(folder: Path) -> tuple[list[str], list[int]]:

@@ -80,25 +80,26 @@ def test_tinyface_images_that_are_missing_are_misses(tmp_path: Path) -> None:
     assert record["counts"]["missing"] == record["counts"]["fte_probes"] == 1
 
 
-def ijb_templates(meta: Path, values: np.ndarray) -> dict[int, np.ndarray]:
+def ijb_templates(meta: Path, values: np.ndarray, name: str) -> dict[int, np.ndarray]:
     """Templates by the definition: N1D1, mean per media, sum, unit."""
-    joined = [line.split() for line in (meta / "ijbc_face_tid_mid.txt").read_text().splitlines()]
-    scores = [float(line.split()[-1]) for line in (meta / "ijbc_name_5pts_score.txt").read_text().splitlines()]
+    joined = [line.split() for line in (meta / f"{name}_face_tid_mid.txt").read_text().splitlines()]
+    scores = [float(line.split()[-1]) for line in (meta / f"{name}_name_5pts_score.txt").read_text().splitlines()]
     media: dict[int, dict[int, list[np.ndarray]]] = {}
     for row, ((_, template, medium), score) in enumerate(zip(joined, scores, strict=True)):
         media.setdefault(int(template), {}).setdefault(int(medium), []).append(score * values[row].astype(np.float64))
     return {t: unit(sum(np.mean(v, axis=0) for v in own.values())) for t, own in media.items()}
 
 
-def test_ijbc_pairs_and_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ijbb", "ijbc"])
+def test_ijb_pairs_and_search(tmp_path: Path, name: str) -> None:
     meta = tmp_path / "meta"
-    keys, people = write_ijb(meta)
+    keys, people = write_ijb(meta, name=name)
     values = embeddings_of(people, noise=2.5)
     file = write_keyed(tmp_path / "e.npz", keys, values)
-    templates = ijb_templates(meta, values)
+    templates = ijb_templates(meta, values, name)
     source = ["--meta", meta, "--embeddings", file, "--resamples", 30]
-    record = evaluate(tmp_path, "ijbc", *source, "--far", "0.1")
-    pairs = np.loadtxt(meta / "ijbc_template_pair_label.txt", dtype=int)
+    record = evaluate(tmp_path, name, *source, "--far", "0.1")
+    pairs = np.loadtxt(meta / f"{name}_template_pair_label.txt", dtype=int)
     scores = np.array([templates[a] @ templates[b] for a, b, _ in pairs])
     genuine, impostor = scores[pairs[:, 2] == 1], np.sort(scores[pairs[:, 2] == 0])[::-1]
     threshold = impostor[int(0.1 * len(impostor) + 1e-9)]
@@ -108,7 +109,7 @@ def test_ijbc_pairs_and_search(tmp_path: Path) -> None:
     assert found["ci95"][0] <= found["value"] <= found["ci95"][1]
     assert record["pooling"] == "N1D1, F1"
 
-    record = evaluate(tmp_path, "ijbc", *source, "--task", "1:N", "--fpir", "0.5")
+    record = evaluate(tmp_path, name, *source, "--task", "1:N", "--fpir", "0.5")
     subject = dict(zip(templates, np.repeat(range(8), 3), strict=True))
     gallery = [t for i, t in enumerate(templates) if i % 3 == 0]
     probes = [t for i, t in enumerate(templates) if i % 3 != 0]
@@ -120,7 +121,7 @@ def test_ijbc_pairs_and_search(tmp_path: Path) -> None:
     assert record["metrics"]["rank_1"]["value"] == pytest.approx(hits / 16)
     assert record["counts"]["mated"] == record["counts"]["non_mated"] == 16
     assert len(record["metrics"]["tpir@fpir=0.5"]["galleries"]) == 2
-    merged = evaluate(tmp_path, "ijbc", *source, "--task", "1:N", "--fpir", "0.5", "--rule", "ijb_1n")
+    merged = evaluate(tmp_path, name, *source, "--task", "1:N", "--fpir", "0.5", "--rule", "ijb_1n")
     assert merged["counts"]["galleries"] == 1
 
 
