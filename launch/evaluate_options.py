@@ -9,7 +9,7 @@ from rich.table import Table
 
 from retrieval.metrics.rules import RULES
 
-__all__ = ["RateList", "add_rule", "counts", "positive", "print_record", "rates"]
+__all__ = ["RateList", "add_rule", "counts", "positive", "print_record", "rates", "whole"]
 
 
 class RateList(tuple[str, ...]):
@@ -36,8 +36,15 @@ def rates(text: str) -> RateList:
 
 def positive(text: str) -> int:
     """Parse a whole number of at least 1."""
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 

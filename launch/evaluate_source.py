@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ConfigError
-from launch.evaluate_options import positive, print_record
+from launch.evaluate_options import positive, print_record, whole
 from launch.training_overlap import add_trained_on, overlap_warnings
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def add_out(
     """Declare --resamples, --out and what else is written, and --thresholds."""
     parser.add_argument(
         "--resamples",
-        type=int,
+        type=whole,
         default=1000,
         metavar="N",
         help="of the bootstrap over subjects, for the intervals; 0: Wilson, as of independent trials (%(default)s)",
@@ -226,7 +226,7 @@ def finish(
         preprocessing=prepared,
         **more,
     )
-    _save(args, protocol, details, scores, searched)
+    _save(args, record, details, scores, searched)
     write_result(args.out, record)
     print_record(record, title=title)
     return record
@@ -234,7 +234,7 @@ def finish(
 
 def _save(
     args: argparse.Namespace,
-    protocol: str,
+    record: Mapping[str, Any],
     details: "Mapping[str, NDArray[Any]] | None",
     scores: "NDArray[np.float32] | None",
     searched: "tuple[Sequence[EmbeddingSet], EmbeddingSet] | None",
@@ -242,7 +242,8 @@ def _save(
     if args.details is not None and details is not None:
         from retrieval.details import write_details
 
-        write_details(args.details, protocol, dict(details))
+        said = {name: record[name] for name in ("protocol", "rule", "preprocessing")}
+        write_details(args.details, details, **said)
     if getattr(args, "save_scores", None) is not None and scores is not None:
         import numpy as np
 
