@@ -65,6 +65,8 @@ def add_rule(parser: argparse.ArgumentParser, choices: Sequence[str] = RULES) ->
 
 def print_record(record: Mapping[str, Any], *, title: str) -> None:
     """The metrics of one record as a table on stdout."""
+    from retrieval.results import support_mark
+
     say = Console().print
     table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in ("metric", "value", "95 % interval", "K", "realised", "threshold"):
@@ -74,10 +76,9 @@ def print_record(record: Mapping[str, Any], *, title: str) -> None:
             table.add_row(name, "-", entry["reason"], "", "", "")
             continue
         interval = entry.get("ci95")
-        support = "" if entry.get("supported", True) else " *"
         table.add_row(
             name,
-            f"{100 * entry['value']:.2f} %{support}",
+            f"{100 * entry['value']:.2f} %{support_mark(entry)}",
             f"{100 * interval[0]:.2f} - {100 * interval[1]:.2f}" if interval else "",
             _number(entry.get("k"), "d"),
             _number(entry.get("realised"), ".2e"),

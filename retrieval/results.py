@@ -38,6 +38,7 @@ __all__ = [
     "read_result",
     "result_record",
     "strata_records",
+    "support_mark",
     "verification_record",
     "write_result",
 ]
@@ -57,6 +58,11 @@ def metric(
     if interval:
         entry["ci95_method"] = interval.method
     return entry | more
+
+
+def support_mark(entry: Mapping[str, Any]) -> str:
+    """One star where fewer than 30 false positives stand behind a value, two where not even one does."""
+    return "" if entry.get("supported", True) else " **" if entry.get("extrapolated") else " *"
 
 
 def result_record(
@@ -154,7 +160,7 @@ def verification_record(
         threshold=result.accuracy_threshold,
         note="best threshold chosen on these pairs: optimistic",
     )
-    weak = [label for label, p in zip(far_labels, result.points, strict=True) if p.point and not p.is_supported]
+    weak = _weak_warnings("FAR", far_labels, result.points)
     counts = {
         "pairs": result.num_genuine + result.num_impostor,
         "genuine": result.num_genuine,
@@ -173,7 +179,7 @@ def verification_record(
                 metrics[f"edc_area@{limit}"] = metric(
                     area, far=curves["edc"]["far"], supported=curves["edc"]["supported"], quality=quality_name
                 )
-    return {"counts": counts, "metrics": metrics, "curves": curves, "warnings": _weak_warning("FAR", weak)}
+    return {"counts": counts, "metrics": metrics, "curves": curves, "warnings": weak}
 
 
 def _tar(point: VerificationPoint) -> dict[str, Any]:
@@ -186,6 +192,8 @@ def _tar(point: VerificationPoint) -> dict[str, Any]:
         realised=point.point.realised,
         threshold=_finite(point.point.threshold),
         supported=point.is_supported,
+        extrapolated=point.is_extrapolated,
+        value_enrolled_only=point.tar_enrolled,
     )
 
 
@@ -218,12 +226,7 @@ def identification_record(result: IdentificationResult, *, fpir_labels: Sequence
         "fte_gallery": result.num_gallery_failures,
         "tied_ranks": result.num_tied,
     }
-    weak = [
-        label
-        for label, p in zip(fpir_labels, result.open_set, strict=True)
-        if p.tpir is not None and not p.is_supported
-    ]
-    warnings = _weak_warning("FPIR", weak)
+    warnings = _weak_warnings("FPIR", fpir_labels, result.open_set)
     if result.num_tied:
         warnings.append(
             f"{result.num_tied} probes have another rank when ties are broken in their favour: look for duplicate or "
@@ -249,7 +252,11 @@ def identification_record(result: IdentificationResult, *, fpir_labels: Sequence
 def _tpir(point: OpenSetPoint) -> dict[str, Any]:
     if point.tpir is None:
         return metric(None, reason=point.reason, value_rank_l=None, supported=False)
-    more: dict[str, Any] = {"value_rank_l": point.tpir_rank_l}
+    more: dict[str, Any] = {
+        "value_rank_l": point.tpir_rank_l,
+        "value_enrolled_only": point.tpir_enrolled,
+        "extrapolated": point.is_extrapolated,
+    }
     if point.galleries:
         listed = point.interval_rank_l
         return metric(
@@ -302,10 +309,20 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _weak_warning(rate: str, labels: Sequence[str]) -> list[str]:
-    if not labels:
-        return []
-    return [
-        f"{rate} {', '.join(labels)}: fewer than {MIN_SUPPORTED} false positives stand behind the threshold; "
-        "not statistically supported (rule of 30)."
-    ]
+def _weak_warnings(rate: str, labels: Sequence[str], points: Sequence[VerificationPoint | OpenSetPoint]) -> list[str]:
+    """Which rates have fewer than 30 false positives behind them, and which not even one."""
+    known = [(label, p) for label, p in zip(labels, points, strict=True) if p.reason is None]
+    weak = [label for label, p in known if not p.is_supported and not p.is_extrapolated]
+    none = [label for label, p in known if p.is_extrapolated]
+    warnings = []
+    if weak:
+        warnings.append(
+            f"{rate} {', '.join(weak)}: fewer than {MIN_SUPPORTED} false positives stand behind the threshold; "
+            "not statistically supported (rule of 30)."
+        )
+    if none:
+        warnings.append(
+            f"{rate} {', '.join(none)}: the data allow no false positive at all (K = 0); the rate is undefined here, "
+            "and the value is that at the highest negative score."
+        )
+    return warnings

@@ -39,12 +39,18 @@ class OpenSetPoint:
     interval: Interval | None
     interval_rank_l: Interval | None
     galleries: tuple["OpenSetPoint", ...] = ()  #: what a mean was formed from
+    tpir_enrolled: float | None = None  #: R = 1 over searches in which both sides were enrolled, threshold set on them
 
     @property
     def is_supported(self) -> bool:
         """At least 30 false alarms stand behind the rate, in every gallery."""
         parts = self.galleries or (self,)
         return all(part.point is not None and part.point.k >= MIN_SUPPORTED for part in parts)
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """The non-mated searches of some gallery are too few for a single false alarm."""
+        return any(part.point is not None and part.point.k == 0 for part in self.galleries or (self,))
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,9 @@ def evaluate_searches(
         mean_over_galleries=means,
         num_tied=int((rank != optimistic).sum()),
         open_set=tuple(_open_set(searches, fpir, candidates, open_rule) for fpir in fpirs),
-        enrolled_ranks=tuple((k, _share(int((enrolled <= k).sum()), len(enrolled))[0]) for k in ranks),
+        enrolled_ranks=tuple(
+            (k, None if rule == "argsort_rev" else _share(int((enrolled <= k).sum()), len(enrolled))[0]) for k in ranks
+        ),
         mean_average_precision=float(np.concatenate(precisions).mean()) if precisions and len(rank) else None,
     )
     return _with_bootstrap(result, subjects, resamples) if resamples and rule == "canonical" else result
@@ -239,6 +247,7 @@ def _open_set(searches: Sequence[GallerySearch], fpir: float, candidates: int, r
         interval=None,
         interval_rank_l=None,
         galleries=points,
+        tpir_enrolled=_mean([p.tpir_enrolled for p in points]),
     )
 
 
@@ -254,7 +263,18 @@ def _open_set_point(search: GallerySearch, fpir: float, candidates: int, rule: R
     first, listed = int((accepted & (rank <= 1)).sum()), int((accepted & (rank <= candidates)).sum())
     value, interval = _share(first, len(mated))
     value_l, interval_l = _share(listed, len(mated))
-    return OpenSetPoint(fpir, value, value_l, None, point, interval, interval_l)
+    enrolled = _tpir_enrolled(search, fpir, rule)
+    return OpenSetPoint(fpir, value, value_l, None, point, interval, interval_l, tpir_enrolled=enrolled)
+
+
+def _tpir_enrolled(search: GallerySearch, fpir: float, rule: Rule) -> float | None:
+    """TPIR (R = 1) as if the searches with a side that failed were not listed; None where nothing is left."""
+    known = np.isfinite(search.best)
+    mated, others = search.best[known & search.is_mated], search.best[known & ~search.is_mated]
+    if rule == "argsort_rev" or not len(mated) or not len(others):  # that rule scores failures as 0
+        return None
+    point = operating_point(others, fpir, rule=rule, positives=mated)
+    return float((accepts(mated, point) & (search.rank[known & search.is_mated] <= 1)).mean())
 
 
 def _pseudo_open_set(
