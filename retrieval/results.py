@@ -27,13 +27,14 @@ from retrieval.metrics.identification import (
 )
 from retrieval.metrics.intervals import Interval, wilson
 from retrieval.metrics.rules import MIN_SUPPORTED
-from retrieval.metrics.verification import VerificationPoint, VerificationResult
+from retrieval.metrics.verification import VerificationPoint, VerificationResult, rates_by_stratum
 
 __all__ = [
     "FORMAT_VERSION",
     "file_hashes",
     "identification_record",
     "metric",
+    "pair_strata_records",
     "preprocessing",
     "read_result",
     "result_record",
@@ -297,11 +298,53 @@ def strata_records(
     found = {}
     for one in strata:
         metrics = {f"rank_{k}": metric(value, interval=ci, reason="no mated searches") for k, value, ci in one.ranks}
-        for label, (tpir, ci), (fpir, fpir_ci) in zip(fpir_labels, one.tpir, one.fpir, strict=True):
-            metrics[f"tpir@fpir={label}"] = metric(tpir, interval=ci, threshold_of="all searches")
+        for label, (tpir, ci), (listed, listed_ci), (fpir, fpir_ci) in zip(
+            fpir_labels, one.tpir, one.tpir_rank_l, one.fpir, strict=True
+        ):
+            metrics[f"tpir@fpir={label}"] = metric(
+                tpir,
+                interval=ci,
+                value_rank_l=listed,
+                ci95_rank_l=[listed_ci.low, listed_ci.high] if listed_ci else None,
+                threshold_of="all searches",
+            )
             metrics[f"fpir@fpir={label}"] = metric(fpir, interval=fpir_ci, threshold_of="all searches")
         counts = {"mated": one.num_mated, "non_mated": one.num_non_mated}
         found[f"{column}={one.stratum}"] = {"counts": counts, "metrics": metrics, "curves": {}}
+    return found
+
+
+def pair_strata_records(
+    result: VerificationResult,
+    scores: NDArray[np.float32],
+    same: NDArray[np.bool_],
+    strata: NDArray[Any],
+    column: str,
+    *,
+    far_labels: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Blocks `COLUMN=VALUE` of TAR and FMR, at the thresholds of all pairs.
+
+    Args:
+        result: of all pairs.
+        scores: (P,) of the pairs.
+        same: (P,) True for genuine.
+        strata: (P,) the covariate.
+        column: its name.
+        far_labels: how each rate is written.
+    """
+    names, codes = np.unique(strata, return_inverse=True)
+    found: dict[str, dict[str, Any]] = {}
+    for kind, count, chosen in (("tar", "genuine", same), ("fmr", "impostor", ~same)):
+        for label, point in zip(far_labels, result.points, strict=True):
+            if point.point is None:
+                continue
+            for stratum, total, value, ci in rates_by_stratum(
+                scores[chosen], codes[chosen], names.tolist(), point.point
+            ):
+                block = found.setdefault(f"{column}={stratum}", {"counts": {}, "metrics": {}, "curves": {}})
+                block["counts"][count] = total
+                block["metrics"][f"{kind}@far={label}"] = metric(value, interval=ci, threshold_of="all pairs")
     return found
 
 

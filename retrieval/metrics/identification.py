@@ -190,6 +190,7 @@ class StratumResult:
     num_non_mated: int
     ranks: tuple[tuple[int, float | None, Interval | None], ...]  #: (k, CMC(k), Wilson interval)
     tpir: tuple[tuple[float | None, Interval | None], ...]  #: per FPIR, R = 1; hits and searches pooled over galleries
+    tpir_rank_l: tuple[tuple[float | None, Interval | None], ...]  #: the same with R = L
     fpir: tuple[tuple[float | None, Interval | None], ...]  #: realised in the stratum, pooled over galleries
 
 
@@ -208,19 +209,22 @@ def identification_by_stratum(result: IdentificationResult, strata: NDArray[Any]
         own = strata == stratum
         rank = np.concatenate([s.rank[own & s.is_mated] for s in result.searches])
         strangers = sum(int((own & ~s.is_mated).sum()) for s in result.searches)
-        tpir, fpir = [], []
+        tpir, listed, fpir = [], [], []
         for point in result.open_set:
-            hits = alarms = 0
+            hits = hits_listed = alarms = 0
             for search, part in zip(result.searches, point.galleries or (point,), strict=True):
                 if part.point is not None:
                     passed = accepts(search.best, part.point) & np.isfinite(search.best) & own
                     hits += int((passed & search.is_mated & (search.rank <= 1)).sum())
+                    hits_listed += int((passed & search.is_mated & (search.rank <= result.candidates)).sum())
                     alarms += int((passed & ~search.is_mated).sum())
             known = point.tpir is not None
             tpir.append(_share(hits, len(rank)) if known else (None, None))
+            listed.append(_share(hits_listed, len(rank)) if known else (None, None))
             fpir.append(_share(alarms, strangers) if known else (None, None))
         ranks = tuple((k, *_share(int((rank <= k).sum()), len(rank))) for k, _, _ in result.ranks)
-        found.append(StratumResult(stratum.item(), len(rank), strangers, ranks, tuple(tpir), tuple(fpir)))
+        rates = tuple(tpir), tuple(listed), tuple(fpir)
+        found.append(StratumResult(stratum.item(), len(rank), strangers, ranks, *rates))
     return found
 
 
