@@ -124,12 +124,16 @@ def preprocessing(model: Mapping[str, Any], *, alignment: str | None = None) -> 
 
     Args:
         model: metadata of the embeddings.
-        alignment: what the user calls the alignment of the crops, where it is another than the contract's.
+        alignment: what the user calls the alignment of the crops. Without it the contract's template is believed only
+            where the images were aligned to it by landmarks on this side; a model cannot know how a folder was made.
     """
     contract = model.get("contract")
+    template = (contract or {}).get("template")
+    if template and not model.get("aligned_by"):
+        template = f"unknown (model expects {template})"
     found = {
         "contract": contract,
-        "alignment": alignment or (contract or {}).get("template") or "unknown",
+        "alignment": alignment or template or "unknown",
         "flip": model.get("flip", "unknown"),
     }
     unknown = "The embeddings do not say how their images were prepared (colour order, alignment, size)."

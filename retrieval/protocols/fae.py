@@ -197,6 +197,7 @@ class _Runner:
                 batch_size=self._settings.batch_size,
                 on_progress=lambda count: self._on_progress(self._done + count),
                 may_all_fail=True,
+                metadata={} if samples.landmarks is None else {"aligned_by": "the protocol's landmarks"},
             )
             self._done += len(rows)
             yield rows, found.embeddings

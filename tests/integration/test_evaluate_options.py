@@ -153,9 +153,11 @@ def test_thresholds_of_one_set_are_applied_to_another(tmp_path: Path) -> None:
         found = {kind: record["metrics"][f"{kind}@frozen:far={label}"] for kind in ("fnmr", "fmr")}
         assert found["fnmr"]["value"] == pytest.approx((scores[:100] <= threshold).mean())
         assert found["fmr"]["value"] == pytest.approx((scores[100:] > threshold).mean())
+        assert found["fmr"]["errors"] == (scores[100:] > threshold).sum()
+        assert "k" not in found["fmr"]  # K is what a rate allows
         assert found["fmr"]["ci95"][0] <= found["fmr"]["value"] <= found["fmr"]["ci95"][1]
     assert "first.json" in record["inputs"]["files"]
-    assert record["preprocessing"]["alignment"] == "arcface_112"
+    assert record["preprocessing"]["alignment"] == "unknown (model expects arcface_112)"
 
 
 def test_thresholds_of_a_search_and_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
