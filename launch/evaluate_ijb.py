@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--meta", type=Path, required=True, metavar="DIR", help="folder of the protocol files")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="other pairs (default: the release's list)")
     parser.add_argument("--covariates", type=Path, metavar="CSV", help="templates with covariates; needs --covariate")
-    parser.add_argument("--covariate", metavar="COLUMN", help="TAR of genuine pairs by this column of the first side")
+    parser.add_argument("--covariate", metavar="COLUMN", help="TAR and FMR by this column of the first side")
     add_source(parser, images="folder of the loose crops")
     add_pooling(parser, "N1D1")
     parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"1:1 ({_FARS})")

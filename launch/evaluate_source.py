@@ -37,7 +37,9 @@ def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
     group = parser.add_argument_group("where the embeddings come from")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--embeddings", type=Path, metavar="E", help="embedding file (.npz) or folder, with `keys`")
-    source.add_argument("--model", type=Path, metavar="MODEL", help="run directory, checkpoint or .onnx; with --images")
+    source.add_argument(
+        "--model", type=Path, metavar="MODEL", help="run directory, checkpoint, .onnx or .engine; with --images"
+    )
     group.add_argument("--images", type=Path, metavar="PATH", help=images)
     group.add_argument("--flip", choices=("sum", "none"), default="sum", help="F1: mirror images added (%(default)s)")
     group.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
