@@ -1,6 +1,6 @@
 """The result record: what an evaluation writes, and what the report reads. JSON without NaN.
 
-    {"protocol", "format_version", "rule", "counts": {...},
+    {"protocol", "protocol_version", "format_version", "rule", "counts": {...},
      "metrics": {"rank_1": {"value", "ci95": [low, high], ...}, "tpir@fpir=0.01": {...}, "tar@far=1e-4": {...}},
      "curves": {...}, "conditions": {name: {"counts", "metrics", "curves"}}, "inputs": {...}, "warnings": [...]}
 
@@ -74,11 +74,24 @@ def result_record(
     metrics: Mapping[str, Any],
     curves: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    version: int = 1,
     **more: Any,
 ) -> dict[str, Any]:
-    """A record with the keys that every protocol has."""
+    """A record with the keys that every protocol has.
+
+    Args:
+        protocol: its name.
+        rule: how rates became thresholds.
+        counts: of what was compared, and of what failed.
+        metrics: entries made by `metric`.
+        curves: thinned for plots.
+        warnings: sentences for the reader.
+        version: of the protocol; numbers of two versions do not compare.
+        **more: further entries.
+    """
     return {
         "protocol": protocol,
+        "protocol_version": version,
         "format_version": FORMAT_VERSION,
         "rule": rule,
         "counts": dict(counts),

@@ -134,6 +134,7 @@ def evaluate_fae_set(
         counts=counts,
         metrics=_summary(clean_metrics, clean, frozen, sweeps, settings),
         warnings=warnings,
+        version=_VERSION,
         sweeps=sweeps,
         set=data_set.name,
         pooling=str(data_set.pooling),

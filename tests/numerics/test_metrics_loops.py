@@ -1,19 +1,24 @@
 """More metrics against plain loops: precision, people drawn again, compat rules, means of galleries, discard areas."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from retrieval.curves import discard
 from retrieval.embeddings import EmbeddingSet
-from retrieval.metrics import evaluate_identification, operating_point
+from retrieval.metrics import evaluate_identification, evaluate_pairs, operating_point
 from retrieval.metrics.intervals import resampled_tar, resampled_weights
 from retrieval.metrics.rules import accepts
 from retrieval.metrics.search import rank_scores
 from retrieval.results import identification_record
 from retrieval.templates import Pooling, TemplateSamples, pool_templates
 from tests.numerics.test_metrics_brute_force import canonical_threshold, random_sets
+
+ROOT = Path(__file__).parents[2]
 
 
 def precision_by_walking(scores, is_mate):
@@ -152,3 +157,61 @@ def test_the_area_of_the_discard_curve_is_its_mean_over_the_stretch():
     assert not curve["supported"]
     assert curve["area"]["0.2"] == pytest.approx((2 / 10 + 1 / 9) / 2)
     assert curve["area"]["0.3"] == pytest.approx((2 / 10 + 1 / 9 + 1 / 8) / 3)
+
+
+@pytest.mark.parametrize("level", ["entry", "identity"])
+def test_order_changes_neither_precision_nor_ranks_of_entries_and_people(level):
+    generator = np.random.default_rng(43)
+    for _ in range(200):
+        gallery, probes = random_sets(generator)
+        order = generator.permutation(len(probes))
+        shuffled = gallery.take(generator.permutation(len(gallery))), probes.take(order)
+        one, other = (
+            evaluate_identification([g], p, fpirs=(), rank_level=level, with_average_precision=True)
+            for g, p in ((gallery, probes), shuffled)
+        )
+        assert [value for _, value, _ in one.ranks] == [value for _, value, _ in other.ranks]
+        before, after = (result.searches[0].average_precision for result in (one, other))
+        np.testing.assert_array_equal(before[order], after)
+
+
+def test_order_of_pairs_changes_neither_rates_nor_the_discard_curve():
+    generator = np.random.default_rng(47)
+    for _ in range(200):
+        scores = (generator.integers(0, 8, 60) / 8).astype(np.float32)
+        scores[generator.random(60) < 0.1] = -np.inf
+        same, quality = generator.random(60) < 0.5, generator.integers(0, 4, 60)
+        order = generator.permutation(60)
+        found = []
+        for rows in (np.arange(60), order):
+            own, is_same = scores[rows], same[rows]
+            result = evaluate_pairs(own, is_same, fars=(0.05, 0.3), resamples=0)
+            found.append(
+                (
+                    [(p.tar, p.tar_enrolled, p.point) for p in result.points],
+                    (result.accuracy, result.accuracy_threshold),
+                    discard(own[is_same], quality[rows][is_same], own[~is_same]),
+                )
+            )
+        assert found[0] == found[1]
+
+
+def test_the_rule_of_reversed_argsort_scores_failures_as_zero_and_the_last_column_wins():
+    gallery = EmbeddingSet(np.array([[-1, 0.5], [0, 0], [0, 0]], np.float32), np.array([0, 1, 2]))
+    probes = EmbeddingSet(np.array([[1, 0], [0, 0], [0, 0], [0, 0]], np.float32), np.array([0, 2, 1, 9]))
+    result = evaluate_identification([gallery], probes, ranks=(1,), fpirs=(1.0,), rule="argsort_rev")
+    search = result.searches[0]
+    # Probe 0: two failed entries with 0 stand above its mate's negative score. Probes 1 and 2 failed: 0 everywhere.
+    assert search.rank[:3].tolist() == [3, 1, 2]
+    assert search.best[1:].tolist() == [0, 0, 0]  # the stranger that failed is a false alarm at the threshold 0
+    assert result.open_set[0].point.realised == 1
+    assert result.open_set[0].tpir == pytest.approx(1 / 3)
+    assert result.enrolled_ranks == ((1, None),)
+    canonical = evaluate_identification([gallery], probes, ranks=(1,), fpirs=(1.0,)).searches[0]
+    assert canonical.rank[:3].tolist() == [1, np.inf, np.inf]
+
+
+def test_the_metrics_need_neither_torch_nor_scipy():
+    code = "import sys, retrieval.metrics; print([m for m in ('torch', 'scipy', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
