@@ -128,6 +128,7 @@ def run(tmp_path: Path, *options: object) -> dict[str, Any]:
     assert is_aligned_here == ("ijbc" in options)  # the only set here whose lists hold landmarks
     expected = "arcface_112" if is_aligned_here else "unknown (model expects arcface_112)"
     assert record["preprocessing"]["alignment"] == expected
+    assert record["protocol_version"] == record["settings"]["version"] == 2
     assert record["inputs"]["files"]
     for sweep in record["sweeps"]:
         clean = next(p for p in sweep["points"] if p["nme"] == 0)

@@ -172,6 +172,17 @@ def test_what_cannot_stand_side_by_side(
     assert message in capsys.readouterr().err
 
 
+def test_two_versions_of_a_protocol_do_not_stand_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = pairs_record("one", 0.5), pairs_record("two", 0.6) | {"protocol_version": 2}
+    for number, record in enumerate((one, two)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(record))
+    paths = [str(tmp_path / f"{number}.json") for number in range(2)]
+    assert main(["report", *paths, "--out", str(tmp_path / "report")]) == 2
+    assert "are of versions 1 and 2 of the protocol" in capsys.readouterr().err
+
+
 def test_values_to_compare_with(tmp_path: Path) -> None:
     rows = {"rows": [{"protocol": "ijbc-11", "metric": "tar@far=0.01", "value": 0.5, "source": "Table 1"}]}
     (tmp_path / "references.json").write_text(json.dumps(rows))
