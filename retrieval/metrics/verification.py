@@ -208,7 +208,7 @@ def evaluate_pairs(
         points = [VerificationPoint(far, None, missing, None, None) for far in fars]
     else:
         found = operating_points(ascending, fars, rule=rule, positives=genuine, is_sorted=True)
-        enrolled = _tar_enrolled(genuine, ascending, fars, rule)
+        enrolled = _tar_enrolled(genuine, ascending, fars, rule, found)
         for far, point, interval, other in zip(fars, found, intervals, enrolled, strict=True):
             hits = int(accepts(genuine, point).sum())
             interval = interval or wilson(hits, len(genuine))
@@ -228,14 +228,22 @@ def evaluate_pairs(
 
 
 def _tar_enrolled(
-    genuine: NDArray[np.float32], ascending: NDArray[np.float32], fars: Sequence[float], rule: Rule
+    genuine: NDArray[np.float32],
+    ascending: NDArray[np.float32],
+    fars: Sequence[float],
+    rule: Rule,
+    points: list[OperatingPoint],
 ) -> list[float | None]:
-    """TAR at each FAR as if the pairs that could not be compared were not listed; None where nothing is left."""
+    """TAR at each FAR as if the pairs that could not be compared were not listed; None where nothing is left.
+
+    `points` are those of all pairs, which stand where none failed.
+    """
     known = genuine[np.isfinite(genuine)]
     others = ascending[np.searchsorted(ascending, -np.inf, side="right") :]
     if not len(known) or not len(others):
         return [None] * len(fars)
-    points = operating_points(others, fars, rule=rule, positives=known, is_sorted=True)
+    if len(others) < len(ascending) or len(known) < len(genuine):
+        points = operating_points(others, fars, rule=rule, positives=known, is_sorted=True)
     return [float(accepts(known, point).mean()) for point in points]
 
 
