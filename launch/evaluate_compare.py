@@ -5,6 +5,7 @@ Pairs: TAR at FAR, each system with its own threshold, and a bootstrap that draw
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     }
     counts = {"trials": len(first["subjects"])}
     files = {"a": file_hashes([args.first]), "b": file_hashes([args.second])}
-    record = result_record("compare", "canonical", counts=counts, metrics=metrics, inputs=files)
+    # Thresholds of pairs are set here, by the canonical rule; ranks were formed by the rule of the evaluation.
+    rule = "canonical" if "scores" in first else str(first["rule"])
+    prepared = {name: json.loads(str(own["preprocessing"])) for name, own in (("a", first), ("b", second))}
+    record = result_record("compare", rule, counts=counts, metrics=metrics, inputs=files, preprocessing=prepared)
     write_result(args.out, record | {"of": str(first["protocol"])})
     _print(str(first["protocol"]), found)
     return 0
@@ -51,21 +55,23 @@ def _check_same(args: argparse.Namespace, first: dict[str, Any], second: dict[st
     import numpy as np
 
     trials = [name for name in ("protocol", "subjects", "same", "is_mated", "gallery") if name in first]
-    for name in trials:
+    for name in [*trials, *(["rule"] if "rank" in first else [])]:
         if name not in second or not np.array_equal(first[name], second[name]):
             raise DataError(
                 f"{args.first} and {args.second} differ in {name}: they are not two evaluations of the same "
-                "protocol, with the same trials in the same order."
+                "protocol, by the same rule, with the same trials in the same order."
             )
 
 
 def _pairs(args: argparse.Namespace, first: dict[str, Any], second: dict[str, Any]) -> "dict[str, Comparison]":
     from retrieval.metrics.comparison import compare_tar
 
+    same = first["same"]
+    if same.all() or not same.any():
+        kind = "impostor" if same.all() else "genuine"
+        raise DataError(f"{args.first} holds no {kind} pair; there is no TAR at FAR to compare.")
     sides = first["subjects"][:, 0], first["subjects"][:, 1]
-    found = compare_tar(
-        (first["scores"], second["scores"]), first["same"], sides, args.far.values, resamples=args.resamples
-    )
+    found = compare_tar((first["scores"], second["scores"]), same, sides, args.far.values, resamples=args.resamples)
     return {f"tar@far={label}": comparison for label, comparison in zip(args.far, found, strict=True)}
 
 

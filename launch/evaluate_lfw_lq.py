@@ -117,6 +117,8 @@ def _print(record: dict[str, Any]) -> None:
 
 
 def _percent(entry: dict[str, Any]) -> str:
+    from retrieval.results import support_mark
+
     if entry["value"] is None:
         return "-"
-    return f"{100 * entry['value']:.2f} %" + ("" if entry.get("supported", True) else " *")
+    return f"{100 * entry['value']:.2f} %" + support_mark(entry)

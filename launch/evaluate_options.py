@@ -10,7 +10,17 @@ from rich.table import Table
 from aroface.errors import ConfigError
 from retrieval.metrics.rules import RULES
 
-__all__ = ["RateList", "add_rule", "counts", "one_rate", "positive", "print_record", "rates", "refuse_options"]
+__all__ = [
+    "RateList",
+    "add_rule",
+    "counts",
+    "one_rate",
+    "positive",
+    "print_record",
+    "rates",
+    "refuse_options",
+    "whole",
+]
 
 
 class RateList(tuple[str, ...]):
@@ -45,8 +55,15 @@ def one_rate(text: str) -> RateList:
 
 def positive(text: str) -> int:
     """Parse a whole number of at least 1."""
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
@@ -84,6 +101,8 @@ def add_rule(parser: argparse.ArgumentParser, choices: Sequence[str] = RULES) ->
 
 def print_record(record: Mapping[str, Any], *, title: str) -> None:
     """The metrics of one record as a table on stdout."""
+    from retrieval.results import support_mark
+
     say = Console().print
     table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in ("metric", "value", "95 % interval", "K", "realised", "threshold"):
@@ -93,10 +112,9 @@ def print_record(record: Mapping[str, Any], *, title: str) -> None:
             table.add_row(name, "-", entry["reason"], "", "", "")
             continue
         interval = entry.get("ci95")
-        support = "" if entry.get("supported", True) else " *"
         table.add_row(
             name,
-            f"{100 * entry['value']:.2f} %{support}",
+            f"{100 * entry['value']:.2f} %{support_mark(entry)}",
             f"{100 * interval[0]:.2f} - {100 * interval[1]:.2f}" if interval else "",
             _number(entry.get("k"), "d"),
             _number(entry.get("realised"), ".2e"),

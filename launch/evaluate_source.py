@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ConfigError
-from launch.evaluate_options import positive, print_record
+from launch.evaluate_options import positive, print_record, whole
 from launch.training_overlap import add_trained_on, overlap_warnings
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
     group = parser.add_argument_group("where the embeddings come from")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--embeddings", type=Path, metavar="E", help="embedding file (.npz) or folder, with `keys`")
-    source.add_argument("--model", type=Path, metavar="MODEL", help="run directory, checkpoint or .onnx; with --images")
+    source.add_argument(
+        "--model", type=Path, metavar="MODEL", help="run directory, checkpoint, .onnx or .engine; with --images"
+    )
     group.add_argument("--images", type=Path, metavar="PATH", help=images)
     group.add_argument("--flip", choices=("sum", "none"), default="sum", help="F1: mirror images added (%(default)s)")
     group.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
@@ -86,7 +88,7 @@ def add_out(
     """Declare --resamples, --out and what else is written, and --thresholds."""
     parser.add_argument(
         "--resamples",
-        type=int,
+        type=whole,
         default=RESAMPLES,
         metavar="N",
         help=f"of the bootstrap over subjects, for the intervals; 0: Wilson, as of independent trials ({RESAMPLES})",
@@ -232,7 +234,7 @@ def finish(
         preprocessing=prepared,
         **more,
     )
-    _save(args, protocol, details, scores, searched)
+    _save(args, record, details, scores, searched)
     write_result(args.out, record)
     print_record(record, title=title)
     return record
@@ -240,7 +242,7 @@ def finish(
 
 def _save(
     args: argparse.Namespace,
-    protocol: str,
+    record: Mapping[str, Any],
     details: "Mapping[str, NDArray[Any]] | None",
     scores: "NDArray[np.float32] | None",
     searched: "tuple[Sequence[EmbeddingSet], EmbeddingSet] | None",
@@ -248,7 +250,8 @@ def _save(
     if args.details is not None and details is not None:
         from retrieval.details import write_details
 
-        write_details(args.details, protocol, dict(details))
+        said = {name: record[name] for name in ("protocol", "rule", "preprocessing")}
+        write_details(args.details, details, **said)
     if getattr(args, "save_scores", None) is not None and scores is not None:
         import numpy as np
 

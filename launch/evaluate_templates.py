@@ -25,6 +25,8 @@ from launch.evaluate_source import (
 )
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from retrieval.embeddings import EmbeddingSet
 
 _FPIRS = "0.001,0.01,0.1"
@@ -84,10 +86,11 @@ def run(args: argparse.Namespace) -> int:
     )
     parts = identification_record(result, fpir_labels=args.fpir)
     parts["metrics"] |= frozen(args, searches=result.searches)
-    _add_verification(args, parts, galleries, probes)
-    if args.condition is not None:
-        strata = identification_by_stratum(result, manifest.conditions[args.condition])
+    condition = None if args.condition is None else manifest.conditions[args.condition]
+    if condition is not None:
+        strata = identification_by_stratum(result, condition)
         parts["conditions"] = strata_records(strata, args.condition, fpir_labels=args.fpir)
+    _add_verification(args, parts, galleries, probes, condition)
     parts["counts"] |= {"samples": len(samples.keys), "missing": collection.missing}
     parts["counts"]["fte_samples"] = len(samples.keys) - int(templates.metadata["samples_used"])
     finish(
@@ -107,19 +110,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_verification(
-    args: argparse.Namespace, parts: dict[str, Any], galleries: "Sequence[EmbeddingSet]", probes: "EmbeddingSet"
+    args: argparse.Namespace,
+    parts: dict[str, Any],
+    galleries: "Sequence[EmbeddingSet]",
+    probes: "EmbeddingSet",
+    condition: "NDArray[Any] | None",
 ) -> None:
-    """TAR at FAR of every probe against every entry, unless that is too many or the rule is for searches."""
+    """TAR at FAR of every probe against every entry, also by the condition of the probe.
+
+    Left out, with a warning, where these are too many pairs or the rule is for searches.
+    """
     import numpy as np
 
     from retrieval.embeddings import concatenate
     from retrieval.metrics import evaluate_pairs
     from retrieval.metrics.all_pairs import MOST_COMPARISONS, compare_all
     from retrieval.metrics.rules import PAIR_RULES
-    from retrieval.results import verification_record
+    from retrieval.results import pair_strata_records, verification_record
 
     gallery = concatenate(galleries)
     if args.rule not in PAIR_RULES or len(gallery) * len(probes) > MOST_COMPARISONS:
+        parts["warnings"].append(f"No TAR: the rule is for searches, or there are over {MOST_COMPARISONS:,} pairs.")
         return
     compared = compare_all(gallery, probes, similarity=args.similarity)
     codes = np.unique(np.concatenate([gallery.subject_ids, probes.subject_ids]), return_inverse=True)[1]
@@ -138,3 +149,10 @@ def _add_verification(
     parts["curves"] |= found["curves"]
     parts["counts"] |= {name: found["counts"][name] for name in ("genuine", "impostor", "fte_pairs")}
     parts["warnings"] += found["warnings"]
+    if condition is not None:
+        by_condition = pair_strata_records(
+            result, compared.scores, compared.same, condition[compared.probe], args.condition, far_labels=args.far
+        )
+        for name, block in by_condition.items():
+            for part in ("counts", "metrics"):
+                parts["conditions"][name][part] |= block[part]

@@ -2,10 +2,12 @@
 
 `.npz` without pickles. Pairs: `scores` float32 (P,), `same` bool (P,), `subjects` int64 (P, 2). Searches, one row per
 probe and gallery: `probes` (P,) index, `gallery` (P,) 0 or 1, `subjects` (P,), `is_mated`, `best` float32, `rank`
-float64. `protocol` is the name of what was evaluated.
+float64. `protocol` is the name of what was evaluated, `rule` how ranks were formed, `preprocessing` the JSON of
+how the images were prepared.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from retrieval.metrics.search import GallerySearch
 
 __all__ = ["pair_details", "read_details", "search_details", "write_details"]
 
-_KINDS = ({"scores", "same", "subjects", "protocol"}, {"rank", "best", "is_mated", "subjects", "protocol"})
+_COMMON = {"subjects", "protocol", "rule", "preprocessing"}
+_KINDS = ({"scores", "same"} | _COMMON, {"rank", "best", "is_mated"} | _COMMON)
 
 
 def pair_details(
@@ -41,10 +44,13 @@ def search_details(searches: Sequence[GallerySearch], subjects: NDArray[Any]) ->
     }
 
 
-def write_details(path: Path, protocol: str, arrays: dict[str, NDArray[Any]]) -> None:
+def write_details(
+    path: Path, arrays: Mapping[str, NDArray[Any]], *, protocol: str, rule: str, preprocessing: Mapping[str, Any]
+) -> None:
     """Write one file, atomically."""
+    said = {"protocol": protocol, "rule": rule, "preprocessing": json.dumps(preprocessing)}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, protocol=np.array(protocol), **arrays)
+        np.savez(file, allow_pickle=False, **{name: np.array(text) for name, text in said.items()}, **arrays)
 
 
 def read_details(path: Path) -> dict[str, NDArray[Any]]:

@@ -183,10 +183,22 @@ def _read_file(path: Path, data: BinaryIO | None = None) -> EmbeddingSet:
     if missing:
         raise DataError(f"{path} lacks {' and '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}.")
     known = {key: arrays[key] for key in OPTIONAL_COLUMNS if key in arrays}
-    metadata = json.loads(str(arrays["metadata"])) if "metadata" in arrays else {}
+    metadata = _metadata(path, arrays["metadata"]) if "metadata" in arrays else {}
     embeddings = arrays["embeddings"]
     if embeddings.dtype in (np.float16, np.float64):
         raise DataError(
             f"{path}: embeddings are {embeddings.dtype}; float32 is the format. Convert them once and save."
         )
     return EmbeddingSet(embeddings, arrays["subject_ids"], **known, metadata=metadata, name=str(path))
+
+
+def _metadata(path: Path, text: NDArray[Any]) -> dict[str, Any]:
+    try:
+        found = json.loads(str(text))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: metadata is not JSON ({error}). Write an object such as {{}} as text, or leave it out."
+        ) from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: metadata is a JSON {type(found).__name__}; it must be an object, or be left out.")
+    return found

@@ -72,4 +72,4 @@ def _thresholds(source: Mapping[str, Any], prefix: str) -> list[tuple[str, float
 def _rate(count: int, total: int, threshold: float) -> dict[str, Any]:
     if not total:
         return metric(None, reason="nothing to count")
-    return metric(count / total, interval=wilson(count, total), threshold=threshold, k=count)
+    return metric(count / total, interval=wilson(count, total), threshold=threshold, errors=count)

@@ -1,6 +1,6 @@
 """The result record: what an evaluation writes, and what the report reads. JSON without NaN.
 
-    {"protocol", "format_version", "rule", "counts": {...},
+    {"protocol", "protocol_version", "format_version", "rule", "counts": {...},
      "metrics": {"rank_1": {"value", "ci95": [low, high], ...}, "tpir@fpir=0.01": {...}, "tar@far=1e-4": {...}},
      "curves": {...}, "conditions": {name: {"counts", "metrics", "curves"}}, "inputs": {...}, "warnings": [...]}
 
@@ -27,17 +27,19 @@ from retrieval.metrics.identification import (
 )
 from retrieval.metrics.intervals import Interval, wilson
 from retrieval.metrics.rules import MIN_SUPPORTED
-from retrieval.metrics.verification import VerificationPoint, VerificationResult
+from retrieval.metrics.verification import VerificationPoint, VerificationResult, rates_by_stratum
 
 __all__ = [
     "FORMAT_VERSION",
     "file_hashes",
     "identification_record",
     "metric",
+    "pair_strata_records",
     "preprocessing",
     "read_result",
     "result_record",
     "strata_records",
+    "support_mark",
     "verification_record",
     "write_result",
 ]
@@ -59,6 +61,11 @@ def metric(
     return entry | more
 
 
+def support_mark(entry: Mapping[str, Any]) -> str:
+    """One star where fewer than 30 false positives stand behind a value, two where not even one does."""
+    return "" if entry.get("supported", True) else " **" if entry.get("extrapolated") else " *"
+
+
 def result_record(
     protocol: str,
     rule: str,
@@ -67,11 +74,24 @@ def result_record(
     metrics: Mapping[str, Any],
     curves: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    version: int = 1,
     **more: Any,
 ) -> dict[str, Any]:
-    """A record with the keys that every protocol has."""
+    """A record with the keys that every protocol has.
+
+    Args:
+        protocol: its name.
+        rule: how rates became thresholds.
+        counts: of what was compared, and of what failed.
+        metrics: entries made by `metric`.
+        curves: thinned for plots.
+        warnings: sentences for the reader.
+        version: of the protocol; numbers of two versions do not compare.
+        **more: further entries.
+    """
     return {
         "protocol": protocol,
+        "protocol_version": version,
         "format_version": FORMAT_VERSION,
         "rule": rule,
         "counts": dict(counts),
@@ -117,12 +137,16 @@ def preprocessing(model: Mapping[str, Any], *, alignment: str | None = None) -> 
 
     Args:
         model: metadata of the embeddings.
-        alignment: what the user calls the alignment of the crops, where it is another than the contract's.
+        alignment: what the user calls the alignment of the crops. Without it the contract's template is believed only
+            where the images were aligned to it by landmarks on this side; a model cannot know how a folder was made.
     """
     contract = model.get("contract")
+    template = (contract or {}).get("template")
+    if template and not model.get("aligned_by"):
+        template = f"unknown (model expects {template})"
     found = {
         "contract": contract,
-        "alignment": alignment or (contract or {}).get("template") or "unknown",
+        "alignment": alignment or template or "unknown",
         "flip": model.get("flip", "unknown"),
     }
     unknown = "The embeddings do not say how their images were prepared (colour order, alignment, size)."
@@ -154,7 +178,7 @@ def verification_record(
         threshold=result.accuracy_threshold,
         note="best threshold chosen on these pairs: optimistic",
     )
-    weak = [label for label, p in zip(far_labels, result.points, strict=True) if p.point and not p.is_supported]
+    weak = _weak_warnings("FAR", far_labels, result.points)
     counts = {
         "pairs": result.num_genuine + result.num_impostor,
         "genuine": result.num_genuine,
@@ -173,7 +197,7 @@ def verification_record(
                 metrics[f"edc_area@{limit}"] = metric(
                     area, far=curves["edc"]["far"], supported=curves["edc"]["supported"], quality=quality_name
                 )
-    return {"counts": counts, "metrics": metrics, "curves": curves, "warnings": _weak_warning("FAR", weak)}
+    return {"counts": counts, "metrics": metrics, "curves": curves, "warnings": weak}
 
 
 def _tar(point: VerificationPoint) -> dict[str, Any]:
@@ -186,6 +210,8 @@ def _tar(point: VerificationPoint) -> dict[str, Any]:
         realised=point.point.realised,
         threshold=_finite(point.point.threshold),
         supported=point.is_supported,
+        extrapolated=point.is_extrapolated,
+        value_enrolled_only=point.tar_enrolled,
     )
 
 
@@ -218,12 +244,7 @@ def identification_record(result: IdentificationResult, *, fpir_labels: Sequence
         "fte_gallery": result.num_gallery_failures,
         "tied_ranks": result.num_tied,
     }
-    weak = [
-        label
-        for label, p in zip(fpir_labels, result.open_set, strict=True)
-        if p.tpir is not None and not p.is_supported
-    ]
-    warnings = _weak_warning("FPIR", weak)
+    warnings = _weak_warnings("FPIR", fpir_labels, result.open_set)
     if result.num_tied:
         warnings.append(
             f"{result.num_tied} probes have another rank when ties are broken in their favour: look for duplicate or "
@@ -249,7 +270,11 @@ def identification_record(result: IdentificationResult, *, fpir_labels: Sequence
 def _tpir(point: OpenSetPoint) -> dict[str, Any]:
     if point.tpir is None:
         return metric(None, reason=point.reason, value_rank_l=None, supported=False)
-    more: dict[str, Any] = {"value_rank_l": point.tpir_rank_l}
+    more: dict[str, Any] = {
+        "value_rank_l": point.tpir_rank_l,
+        "value_enrolled_only": point.tpir_enrolled,
+        "extrapolated": point.is_extrapolated,
+    }
     if point.galleries:
         listed = point.interval_rank_l
         return metric(
@@ -290,11 +315,53 @@ def strata_records(
     found = {}
     for one in strata:
         metrics = {f"rank_{k}": metric(value, interval=ci, reason="no mated searches") for k, value, ci in one.ranks}
-        for label, (tpir, ci), (fpir, fpir_ci) in zip(fpir_labels, one.tpir, one.fpir, strict=True):
-            metrics[f"tpir@fpir={label}"] = metric(tpir, interval=ci, threshold_of="all searches")
+        for label, (tpir, ci), (listed, listed_ci), (fpir, fpir_ci) in zip(
+            fpir_labels, one.tpir, one.tpir_rank_l, one.fpir, strict=True
+        ):
+            metrics[f"tpir@fpir={label}"] = metric(
+                tpir,
+                interval=ci,
+                value_rank_l=listed,
+                ci95_rank_l=[listed_ci.low, listed_ci.high] if listed_ci else None,
+                threshold_of="all searches",
+            )
             metrics[f"fpir@fpir={label}"] = metric(fpir, interval=fpir_ci, threshold_of="all searches")
         counts = {"mated": one.num_mated, "non_mated": one.num_non_mated}
         found[f"{column}={one.stratum}"] = {"counts": counts, "metrics": metrics, "curves": {}}
+    return found
+
+
+def pair_strata_records(
+    result: VerificationResult,
+    scores: NDArray[np.float32],
+    same: NDArray[np.bool_],
+    strata: NDArray[Any],
+    column: str,
+    *,
+    far_labels: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Blocks `COLUMN=VALUE` of TAR and FMR, at the thresholds of all pairs.
+
+    Args:
+        result: of all pairs.
+        scores: (P,) of the pairs.
+        same: (P,) True for genuine.
+        strata: (P,) the covariate.
+        column: its name.
+        far_labels: how each rate is written.
+    """
+    names, codes = np.unique(strata, return_inverse=True)
+    found: dict[str, dict[str, Any]] = {}
+    for kind, count, chosen in (("tar", "genuine", same), ("fmr", "impostor", ~same)):
+        for label, point in zip(far_labels, result.points, strict=True):
+            if point.point is None:
+                continue
+            for stratum, total, value, ci in rates_by_stratum(
+                scores[chosen], codes[chosen], names.tolist(), point.point
+            ):
+                block = found.setdefault(f"{column}={stratum}", {"counts": {}, "metrics": {}, "curves": {}})
+                block["counts"][count] = total
+                block["metrics"][f"{kind}@far={label}"] = metric(value, interval=ci, threshold_of="all pairs")
     return found
 
 
@@ -302,10 +369,20 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _weak_warning(rate: str, labels: Sequence[str]) -> list[str]:
-    if not labels:
-        return []
-    return [
-        f"{rate} {', '.join(labels)}: fewer than {MIN_SUPPORTED} false positives stand behind the threshold; "
-        "not statistically supported (rule of 30)."
-    ]
+def _weak_warnings(rate: str, labels: Sequence[str], points: Sequence[VerificationPoint | OpenSetPoint]) -> list[str]:
+    """Which rates have fewer than 30 false positives behind them, and which not even one."""
+    known = [(label, p) for label, p in zip(labels, points, strict=True) if p.reason is None]
+    weak = [label for label, p in known if not p.is_supported and not p.is_extrapolated]
+    none = [label for label, p in known if p.is_extrapolated]
+    warnings = []
+    if weak:
+        warnings.append(
+            f"{rate} {', '.join(weak)}: fewer than {MIN_SUPPORTED} false positives stand behind the threshold; "
+            "not statistically supported (rule of 30)."
+        )
+    if none:
+        warnings.append(
+            f"{rate} {', '.join(none)}: the data allow no false positive at all (K = 0); the rate is undefined here, "
+            "and the value is that at the highest negative score."
+        )
+    return warnings

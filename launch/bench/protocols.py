@@ -53,12 +53,15 @@ def run(args: argparse.Namespace) -> int:
         limit = None if product is None else _product_s(peaks, *(max(4, int(size * args.scale)) for size in product))
         report.add(f"{name}, time", seconds, "s", at_most=most_s, limit=limit)
         report.add(f"{name}, memory", peak / 2**30, "GiB", at_most=most_gib)
+    peak_of: dict[int, int] = {}
     for frames in (50, 500):
         seconds, peak = _in_process(_ijbs_pooling, args.scale, frames)
+        peak_of[frames] = peak
         report.add(f"IJB-S pooling, {frames} frames a template, memory", peak / 2**20, "MiB")
         rate, limit = int(_IJBS_TEMPLATES * args.scale) * frames / seconds, peaks.bytes_per_s / (4 * _DIM)
         name = f"IJB-S pooling, {frames} frames a template"
         report.add(name, rate, "frames/s", limit=limit, higher_is_better=True)
+    report.add("IJB-S pooling, 500 frames over 50, memory", peak_of[500] / peak_of[50], "ratio", at_most=1.1)
     report.write(args.out)
     return 0
 

@@ -39,12 +39,18 @@ class OpenSetPoint:
     interval: Interval | None
     interval_rank_l: Interval | None
     galleries: tuple["OpenSetPoint", ...] = ()  #: what a mean was formed from
+    tpir_enrolled: float | None = None  #: R = 1 over searches in which both sides were enrolled, threshold set on them
 
     @property
     def is_supported(self) -> bool:
         """At least 30 false alarms stand behind the rate, in every gallery."""
         parts = self.galleries or (self,)
         return all(part.point is not None and part.point.k >= MIN_SUPPORTED for part in parts)
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """The non-mated searches of some gallery are too few for a single false alarm."""
+        return any(part.point is not None and part.point.k == 0 for part in self.galleries or (self,))
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,9 @@ def evaluate_searches(
         mean_over_galleries=means,
         num_tied=int((rank != optimistic).sum()),
         open_set=tuple(_open_set(searches, fpir, candidates, open_rule) for fpir in fpirs),
-        enrolled_ranks=tuple((k, _share(int((enrolled <= k).sum()), len(enrolled))[0]) for k in ranks),
+        enrolled_ranks=tuple(
+            (k, None if rule == "argsort_rev" else _share(int((enrolled <= k).sum()), len(enrolled))[0]) for k in ranks
+        ),
         mean_average_precision=float(np.concatenate(precisions).mean()) if precisions and len(rank) else None,
     )
     return _with_bootstrap(result, subjects, resamples) if resamples and rule == "canonical" else result
@@ -182,6 +190,7 @@ class StratumResult:
     num_non_mated: int
     ranks: tuple[tuple[int, float | None, Interval | None], ...]  #: (k, CMC(k), Wilson interval)
     tpir: tuple[tuple[float | None, Interval | None], ...]  #: per FPIR, R = 1; hits and searches pooled over galleries
+    tpir_rank_l: tuple[tuple[float | None, Interval | None], ...]  #: the same with R = L
     fpir: tuple[tuple[float | None, Interval | None], ...]  #: realised in the stratum, pooled over galleries
 
 
@@ -200,19 +209,22 @@ def identification_by_stratum(result: IdentificationResult, strata: NDArray[Any]
         own = strata == stratum
         rank = np.concatenate([s.rank[own & s.is_mated] for s in result.searches])
         strangers = sum(int((own & ~s.is_mated).sum()) for s in result.searches)
-        tpir, fpir = [], []
+        tpir, listed, fpir = [], [], []
         for point in result.open_set:
-            hits = alarms = 0
+            hits = hits_listed = alarms = 0
             for search, part in zip(result.searches, point.galleries or (point,), strict=True):
                 if part.point is not None:
                     passed = accepts(search.best, part.point) & np.isfinite(search.best) & own
                     hits += int((passed & search.is_mated & (search.rank <= 1)).sum())
+                    hits_listed += int((passed & search.is_mated & (search.rank <= result.candidates)).sum())
                     alarms += int((passed & ~search.is_mated).sum())
             known = point.tpir is not None
             tpir.append(_share(hits, len(rank)) if known else (None, None))
+            listed.append(_share(hits_listed, len(rank)) if known else (None, None))
             fpir.append(_share(alarms, strangers) if known else (None, None))
         ranks = tuple((k, *_share(int((rank <= k).sum()), len(rank))) for k, _, _ in result.ranks)
-        found.append(StratumResult(stratum.item(), len(rank), strangers, ranks, tuple(tpir), tuple(fpir)))
+        rates = tuple(tpir), tuple(listed), tuple(fpir)
+        found.append(StratumResult(stratum.item(), len(rank), strangers, ranks, *rates))
     return found
 
 
@@ -239,6 +251,7 @@ def _open_set(searches: Sequence[GallerySearch], fpir: float, candidates: int, r
         interval=None,
         interval_rank_l=None,
         galleries=points,
+        tpir_enrolled=_mean([p.tpir_enrolled for p in points]),
     )
 
 
@@ -254,7 +267,18 @@ def _open_set_point(search: GallerySearch, fpir: float, candidates: int, rule: R
     first, listed = int((accepted & (rank <= 1)).sum()), int((accepted & (rank <= candidates)).sum())
     value, interval = _share(first, len(mated))
     value_l, interval_l = _share(listed, len(mated))
-    return OpenSetPoint(fpir, value, value_l, None, point, interval, interval_l)
+    enrolled = _tpir_enrolled(search, fpir, rule)
+    return OpenSetPoint(fpir, value, value_l, None, point, interval, interval_l, tpir_enrolled=enrolled)
+
+
+def _tpir_enrolled(search: GallerySearch, fpir: float, rule: Rule) -> float | None:
+    """TPIR (R = 1) as if the searches with a side that failed were not listed; None where nothing is left."""
+    known = np.isfinite(search.best)
+    mated, others = search.best[known & search.is_mated], search.best[known & ~search.is_mated]
+    if rule == "argsort_rev" or not len(mated) or not len(others):  # that rule scores failures as 0
+        return None
+    point = operating_point(others, fpir, rule=rule, positives=mated)
+    return float((accepts(mated, point) & (search.rank[known & search.is_mated] <= 1)).mean())
 
 
 def _pseudo_open_set(

@@ -46,11 +46,17 @@ class VerificationPoint:
     reason: str | None
     point: OperatingPoint | None
     interval: Interval | None
+    tar_enrolled: float | None = None  #: of the pairs with both sides enrolled, at a threshold set on such pairs
 
     @property
     def is_supported(self) -> bool:
         """At least 30 false accepts stand behind the rate."""
         return self.point is not None and self.point.k >= MIN_SUPPORTED
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """The pairs are too few for a single false accept."""
+        return self.point is not None and self.point.k == 0
 
 
 @dataclass(frozen=True)
@@ -202,10 +208,11 @@ def evaluate_pairs(
         points = [VerificationPoint(far, None, missing, None, None) for far in fars]
     else:
         found = operating_points(ascending, fars, rule=rule, positives=genuine, is_sorted=True)
-        for far, point, interval in zip(fars, found, intervals, strict=True):
+        enrolled = _tar_enrolled(genuine, ascending, fars, rule, found)
+        for far, point, interval, other in zip(fars, found, intervals, enrolled, strict=True):
             hits = int(accepts(genuine, point).sum())
             interval = interval or wilson(hits, len(genuine))
-            points.append(VerificationPoint(far, hits / len(genuine), None, point, interval))
+            points.append(VerificationPoint(far, hits / len(genuine), None, point, interval, other))
     accuracy, threshold = (None, None) if missing else best_accuracy(genuine, ascending, is_sorted=True)
     return VerificationResult(
         rule=rule,
@@ -218,6 +225,26 @@ def evaluate_pairs(
         genuine=genuine,
         impostor=ascending,
     )
+
+
+def _tar_enrolled(
+    genuine: NDArray[np.float32],
+    ascending: NDArray[np.float32],
+    fars: Sequence[float],
+    rule: Rule,
+    points: list[OperatingPoint],
+) -> list[float | None]:
+    """TAR at each FAR as if the pairs that could not be compared were not listed; None where nothing is left.
+
+    `points` are those of all pairs, which stand where none failed.
+    """
+    known = genuine[np.isfinite(genuine)]
+    others = ascending[np.searchsorted(ascending, -np.inf, side="right") :]
+    if not len(known) or not len(others):
+        return [None] * len(fars)
+    if len(others) < len(ascending) or len(known) < len(genuine):
+        points = operating_points(others, fars, rule=rule, positives=known, is_sorted=True)
+    return [float(accepts(known, point).mean()) for point in points]
 
 
 def rates_by_stratum(

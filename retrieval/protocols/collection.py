@@ -104,6 +104,7 @@ class ImageCollection:
                 chosen,
                 flip=self._flip,
                 batch_size=self._batch_size,
+                metadata={} if landmarks is None else {"aligned_by": "the protocol's landmarks"},
                 on_progress=lambda done: self._on_progress(self._done + done),
                 may_all_fail=True,
             )

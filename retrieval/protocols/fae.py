@@ -134,6 +134,7 @@ def evaluate_fae_set(
         counts=counts,
         metrics=_summary(clean_metrics, clean, frozen, sweeps, settings),
         warnings=warnings,
+        version=_VERSION,
         sweeps=sweeps,
         set=data_set.name,
         pooling=str(data_set.pooling),
@@ -197,6 +198,7 @@ class _Runner:
                 batch_size=self._settings.batch_size,
                 on_progress=lambda count: self._on_progress(self._done + count),
                 may_all_fail=True,
+                metadata={} if samples.landmarks is None else {"aligned_by": "the protocol's landmarks"},
             )
             self._done += len(rows)
             yield rows, found.embeddings

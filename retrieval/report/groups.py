@@ -57,7 +57,7 @@ def group_results(results: Sequence[Record], names: Sequence[str] = ()) -> list[
 
     Raises:
         ConfigError: another number of names than of results, or two systems of one name.
-        DataError: two results of one protocol are of sets of different sizes, or have other sweeps.
+        DataError: two results of one protocol are of sets of different sizes, or have other sweeps or versions.
     """
     if names and len(names) != len(results):
         raise ConfigError(f"--names holds {len(names)} names for {len(results)} results; each result needs one.")
@@ -105,6 +105,12 @@ def _levels(record: Record) -> list[tuple[str, list[float]]]:
 
 def _check_alike(records: Sequence[Record]) -> None:
     for record in records[1:]:
+        versions = [one.get("protocol_version", 1) for one in (records[0], record)]
+        if versions[0] != versions[1]:
+            raise DataError(
+                f"Two results of {record['protocol']} are of versions {versions[0]} and {versions[1]} of the protocol, "
+                "which do not compare; evaluate both anew, or make a report of each."
+            )
         if _levels(record) != _levels(records[0]):
             raise DataError(f"Two results of {record['protocol']} have other sweeps; make a report of each.")
         for name in _SIZES:

@@ -7,11 +7,13 @@ from retrieval.metrics.rules import MIN_SUPPORTED
 from retrieval.report.document import Block, Paragraph, Table
 from retrieval.report.groups import Group, Record, System, model_of
 from retrieval.report.wording import interval, meaning, metric_name, percent, with_interval
+from retrieval.results import support_mark
 
 __all__ = ["BRACKETS", "STAR", "counts_line", "failure_table", "number_table", "side_by_side", "systems_table"]
 
 BRACKETS = "Brackets hold the 95 % confidence interval."
-STAR = f"* fewer than {MIN_SUPPORTED} false positives stand behind the threshold: read it as a rough indication."
+STAR = f"* fewer than {MIN_SUPPORTED} false positives stand behind the threshold: read it as a rough indication. "
+STAR += "** not even one: the rate is undefined on so few comparisons, the value that at the highest negative score."
 
 
 def counts_line(group: Group) -> list[Block]:
@@ -93,11 +95,10 @@ def number_table(systems: Sequence[System], keys: Iterable[str] | None = None, *
 def _cells(entry: Mapping[str, Any]) -> tuple[str, str, str, str, str, str]:
     if entry["value"] is None:
         return "–", str(entry.get("reason", "")), "", "", "", ""
-    star = "" if entry.get("supported", True) else " *"
     listed = percent(entry["value_rank_l"]) if entry.get("value_rank_l") is not None else ""
     k, realised, threshold = (entry.get(name) for name in ("k", "realised", "threshold"))
     return (
-        percent(entry["value"], digits=2) + star,
+        percent(entry["value"], digits=2) + support_mark(entry),
         interval(entry),
         listed,
         "" if k is None else f"{k:,}",
@@ -126,10 +127,13 @@ def failure_table(group: Group) -> list[Block]:
     for name in names:
         found = (system.record["counts"].get(name) for system in group.systems)
         rows.append((_FAILURES[name], *("" if value is None else f"{value:,}" for value in found)))
-    for k in (1, 5):
-        own = [_enrolled(system.record, k) for system in group.systems]
+    rates = dict.fromkeys(
+        key for s in group.systems for key in s.record["metrics"] if key.startswith(("tar@", "tpir@"))
+    )
+    for key in ("rank_1", "rank_5", *rates):
+        own = [_enrolled(system.record, key) for system in group.systems]
         if any(own):
-            rows.append((f"Rank-{k} where both sides were enrolled", *own))
+            rows.append((f"{metric_name(key)} where both sides were enrolled", *own))
     return [
         Table(
             ("failures", *(system.label for system in group.systems)),
@@ -140,6 +144,6 @@ def failure_table(group: Group) -> list[Block]:
     ]
 
 
-def _enrolled(record: Record, k: int) -> str:
-    value = record["metrics"].get(f"rank_{k}", {}).get("value_enrolled_only")
+def _enrolled(record: Record, key: str) -> str:
+    value = record["metrics"].get(key, {}).get("value_enrolled_only")
     return "" if value is None else percent(value, digits=2)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from retrieval.results import support_mark
+
 __all__ = [
     "condition_name",
     "difference",
@@ -135,15 +137,14 @@ def interval(entry: Mapping[str, Any]) -> str:
 
 
 def with_interval(entry: Mapping[str, Any] | None) -> str:
-    """Value, its interval in brackets, and a star where too few false positives support it."""
+    """Value, its interval in brackets, and stars where too few false positives support it."""
     if entry is None:
         return ""
     if entry["value"] is None:
         return "–"
-    star = "" if entry.get("supported", True) else " *"
     bounds = entry.get("ci95")
     limits = f" [{', '.join(_hundredfold(bound, 1) for bound in bounds)}]" if bounds else ""
-    return percent(entry["value"]) + limits + star
+    return percent(entry["value"]) + limits + support_mark(entry)
 
 
 def difference(ours: float | None, reference: float) -> str:

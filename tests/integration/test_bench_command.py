@@ -80,9 +80,13 @@ def test_the_protocols_are_measured_and_json_is_all_that_stdout_gets(capfd: pyte
     record = json.loads(printed)
     assert record["settings"] == {"scale": 0.01, "resamples": 20}
     figures = {figure["name"]: figure for figure in record["figures"]}
-    assert len(figures) == 12
+    assert len(figures) == 13
     assert all(figure["value"] > 0 for figure in figures.values())
     assert all(name in said for name in figures)
+    ratio = figures["IJB-S pooling, 500 frames over 50, memory"]
+    peaks = [figures[f"IJB-S pooling, {frames} frames a template, memory"]["value"] for frames in (500, 50)]
+    assert ratio["value"] == pytest.approx(peaks[0] / peaks[1])
+    assert ratio["goal"] == 1.1
     limited = {name for name, figure in figures.items() if figure["limit"] is not None}
     assert len(limited) == 5
     assert not any("bootstrap" in name or "memory" in name for name in limited)

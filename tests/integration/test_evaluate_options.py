@@ -153,9 +153,11 @@ def test_thresholds_of_one_set_are_applied_to_another(tmp_path: Path) -> None:
         found = {kind: record["metrics"][f"{kind}@frozen:far={label}"] for kind in ("fnmr", "fmr")}
         assert found["fnmr"]["value"] == pytest.approx((scores[:100] <= threshold).mean())
         assert found["fmr"]["value"] == pytest.approx((scores[100:] > threshold).mean())
+        assert found["fmr"]["errors"] == (scores[100:] > threshold).sum()
+        assert "k" not in found["fmr"]  # K is what a rate allows
         assert found["fmr"]["ci95"][0] <= found["fmr"]["value"] <= found["fmr"]["ci95"][1]
     assert "first.json" in record["inputs"]["files"]
-    assert record["preprocessing"]["alignment"] == "arcface_112"
+    assert record["preprocessing"]["alignment"] == "unknown (model expects arcface_112)"
 
 
 def test_thresholds_of_a_search_and_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +293,8 @@ def test_probes_by_condition_keep_the_threshold_and_pairs_are_compared_too(tmp_p
     folder = write_manifest(tmp_path / "set", templates, samples)
     keys = [line.split(",")[2] for line in samples]
     ids = [int(line.split(",")[1]) for line in templates]
-    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(ids, noise=1.0))
+    values = embeddings_of(ids, noise=1.0)
+    file = write_keyed(tmp_path / "e.npz", keys, values)
     source = ["--manifest", folder, "--embeddings", file, "--condition", "distance", "--resamples", 0]
     record = evaluate(tmp_path, "templates", *source, "--fpir", "0.1", "--far", "0.05")
     strata = record["conditions"]
@@ -301,6 +304,15 @@ def test_probes_by_condition_keep_the_threshold_and_pairs_are_compared_too(tmp_p
     assert sum(c * v for c, v in alarms) / total == pytest.approx(record["metrics"]["tpir@fpir=0.1"]["realised"])
     assert (record["counts"]["genuine"], record["counts"]["impostor"]) == (40, 80 * 20 - 40)
     assert record["metrics"]["tar@far=0.05"]["k"] == int(0.05 * 1560)
+    rows = unit(values.astype(np.float64))
+    scores, same = rows[20:] @ rows[:20].T, np.array(ids[20:])[:, None] == np.array(ids[:20])
+    accepted = scores > record["metrics"]["tar@far=0.05"]["threshold"]
+    for place, name in enumerate(("near", "far")):
+        block, own = strata[f"distance={name}"], np.arange(80) % 2 == place
+        assert (block["counts"]["genuine"], block["counts"]["impostor"]) == (20, 40 * 20 - 20)
+        assert block["metrics"]["tar@far=0.05"]["value"] == accepted[own][same[own]].mean()
+        assert block["metrics"]["fmr@far=0.05"]["value"] == accepted[own][~same[own]].mean()
+        assert block["metrics"]["tpir@fpir=0.1"]["value_rank_l"] >= block["metrics"]["tpir@fpir=0.1"]["value"]
 
 
 def test_details_of_embedding_files_can_be_compared(tmp_path: Path) -> None:

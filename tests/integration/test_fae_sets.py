@@ -124,7 +124,11 @@ def run(tmp_path: Path, *options: object) -> dict[str, Any]:
     out = tmp_path / "fae.json"
     assert main(["evaluate", "fae", "--model", "m", "--far", "0.1", *map(str, options), "--out", str(out)]) == 0
     record: dict[str, Any] = json.loads(out.read_text())
-    assert record["preprocessing"]["alignment"] == "arcface_112"
+    is_aligned_here = bool(record["model"].get("aligned_by"))
+    assert is_aligned_here == ("ijbc" in options)  # the only set here whose lists hold landmarks
+    expected = "arcface_112" if is_aligned_here else "unknown (model expects arcface_112)"
+    assert record["preprocessing"]["alignment"] == expected
+    assert record["protocol_version"] == record["settings"]["version"] == 2
     assert record["inputs"]["files"]
     for sweep in record["sweeps"]:
         clean = next(p for p in sweep["points"] if p["nme"] == 0)

@@ -9,6 +9,7 @@ import pytest
 
 from aroface.images import encode_jpeg
 from launch.cli import main
+from retrieval.details import pair_details, write_details
 from retrieval.embedding_files import write_embeddings
 from retrieval.embeddings import EmbeddingSet
 from tests.helpers.protocol_sets import (
@@ -332,6 +333,8 @@ def test_two_systems_are_compared_search_by_search(tmp_path: Path, capsys: pytes
     assert swapped["value"] == -entry["value"]
     equal = evaluate_compare(tmp_path, good, good)["metrics"]["rank_1"]
     assert (equal["value"], equal["ci95"], equal["p_value"]) == (0.0, [0.0, 0.0], 1.0)
+    assert record["rule"] == "canonical"
+    assert set(record["preprocessing"]) == {"a", "b"}
     capsys.readouterr()
     (tmp_path / "lists2").mkdir()
     other = tmp_path / "other.npz"
@@ -363,3 +366,38 @@ def test_two_systems_are_compared_pair_by_pair(tmp_path: Path) -> None:
     assert entry["value"] == pytest.approx(entry["first"] - entry["second"])
     assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
     assert entry["value"] > 0
+    assert json.loads(out.read_text())["rule"] == "canonical"
+
+
+def test_ranks_of_two_rules_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_embeddings(tmp_path / "e.npz", EmbeddingSet(embeddings_of([0, 1, 2, 3], noise=0.1), np.arange(4)))
+    paths = {}
+    for rule in ("canonical", "argsort_rev"):
+        paths[rule] = tmp_path / f"{rule}.npz"
+        source = ["--gallery", tmp_path / "e.npz", "--probes", tmp_path / "e.npz", "--resamples", 0]
+        evaluate(tmp_path, "identification", *source, "--rule", rule, "--details", paths[rule])
+    assert evaluate_compare(tmp_path, paths["argsort_rev"], paths["argsort_rev"])["rule"] == "argsort_rev"
+    capsys.readouterr()
+    command = ["evaluate", "compare", *map(str, paths.values()), "--out", str(tmp_path / "r.json")]
+    assert main(command) == 2
+    assert "differ in rule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("same", "absent"), [(True, "impostor"), (False, "genuine")])
+def test_pairs_of_one_kind_have_no_rate_to_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], same: bool, absent: str
+) -> None:
+    sides = (np.arange(4), np.arange(4) + (0 if same else 1))
+    details = pair_details(np.linspace(0, 1, 4, dtype=np.float32), np.full(4, same), sides)
+    path = tmp_path / "d.npz"
+    write_details(path, details, protocol="verification", rule="canonical", preprocessing={})
+    assert main(["evaluate", "compare", str(path), str(path), "--out", str(tmp_path / "r.json")]) == 2
+    assert f"holds no {absent} pair" in capsys.readouterr().err
+
+
+def test_resamples_below_zero_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "tinyface", "--lists", "x", "--embeddings", "e.npz", "--out", str(tmp_path / "r.json")]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--resamples", "-1"])
+    assert ended.value.code == 2
+    assert "'-1' is not a whole number of at least 0" in capsys.readouterr().err

@@ -89,6 +89,8 @@ def test_a_model_and_images_give_what_their_embeddings_give(
     assert records["model"]["counts"] == records["embeddings"]["counts"]
     assert details["model"].keys() == details["embeddings"].keys()
     for key, values in details["embeddings"].items():
+        if key == "preprocessing":  # an embedding file without metadata does not tell it
+            continue
         if values.dtype.kind == "f":
             np.testing.assert_allclose(details["model"][key], values, atol=1e-5)
         else:

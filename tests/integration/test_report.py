@@ -79,7 +79,15 @@ def test_pairs_of_three_systems_side_by_side(tmp_path: Path) -> None:
         assert f"| {100 * entry['value']:.2f} % |" in row  # every cell with its K, realised rate, threshold and rule
         assert f"| {k} | {realised:.2e} | {threshold:.4f} | canonical |" in row
     assert "| TAR at FAR 1e-4 | A |" in text
-    assert " % \\* |" in text  # K = 0: not supported
+    for mark, far in (("\\*\\*", "1e-4"), ("", "1 %")):  # 5,000 impostors: K is 0 and 50
+        row = next(line for line in text.splitlines() if line.startswith(f"| TAR at FAR {far} | A |"))
+        assert row.split("|")[3].strip().partition("%")[2].strip() == mark
+    assert "\\*\\* not even one: the rate is undefined" in text
+    assert records[0]["metrics"]["tar@far=1e-4"]["extrapolated"]
+    assert any("FAR 1e-4: the data allow no false positive at all" in said for said in records[0]["warnings"])
+    enrolled = records[0]["metrics"]["tar@far=1e-2"]["value_enrolled_only"]
+    row = next(line for line in text.splitlines() if line.startswith("| TAR at FAR 1 % where both sides were enrolled"))
+    assert f"| {100 * enrolled:.2f} % |" in row
     assert "| pairs with a side that failed | 3 | 3 | 3 |" in text
     assert "112 px BGR" in text
     assert page.count("<svg") == len(plots) // 2
@@ -162,6 +170,17 @@ def test_what_cannot_stand_side_by_side(
     paths = [str(tmp_path / f"{number}.json") for number in range(2)]
     assert main(["report", *paths, "--out", str(tmp_path / "report"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_two_versions_of_a_protocol_do_not_stand_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = pairs_record("one", 0.5), pairs_record("two", 0.6) | {"protocol_version": 2}
+    for number, record in enumerate((one, two)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(record))
+    paths = [str(tmp_path / f"{number}.json") for number in range(2)]
+    assert main(["report", *paths, "--out", str(tmp_path / "report")]) == 2
+    assert "are of versions 1 and 2 of the protocol" in capsys.readouterr().err
 
 
 def test_values_to_compare_with(tmp_path: Path) -> None:

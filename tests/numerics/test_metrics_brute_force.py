@@ -132,6 +132,24 @@ def test_failures_count_as_the_protocol_says():
     assert result.points[0].tar == 0.5  # the failed genuine pair is a false reject
     assert result.points[0].point.realised == 0.5  # the failed impostor pair is a true reject
     assert result.num_failed == 2
+    assert result.points[0].tar_enrolled == 1.0
+
+
+def test_rates_of_enrolled_pairs_are_those_of_a_list_without_failures():
+    generator = np.random.default_rng(19)
+    differ = 0
+    for _ in range(200):
+        scores = (generator.integers(0, 8, 30) / 8).astype(np.float32)
+        scores[generator.random(30) < 0.3] = -np.inf
+        same = generator.random(30) < 0.4
+        fars = (0.05, 0.2, 0.5)
+        whole = evaluate_pairs(scores, same, fars=fars, resamples=0)
+        known = np.isfinite(scores)
+        rest = evaluate_pairs(scores[known], same[known], fars=fars, resamples=0)
+        assert [p.tar_enrolled for p in whole.points] == [p.tar for p in rest.points]
+        assert [p.is_extrapolated for p in rest.points] == [math.floor(f * rest.num_impostor + 1e-9) < 1 for f in fars]
+        differ += any(p.tar != p.tar_enrolled for p in whole.points)
+    assert differ > 100
 
 
 def test_bootstrap_interval_covers_the_value_and_shrinks_with_more_subjects():
@@ -162,12 +180,16 @@ def test_open_set_rates_equal_plain_loops_with_ties_and_failures():
     for _ in range(CASES):
         gallery, probes = random_sets(generator)
         rate, listed = float(generator.choice([0.1, 0.25, 0.5])), int(generator.integers(1, 4))
-        point = evaluate_identification([gallery], probes, fpirs=(rate,), candidates=listed).open_set[0]
+        result = evaluate_identification([gallery], probes, ranks=(listed,), fpirs=(rate,), candidates=listed)
+        point = result.open_set[0]
         scores = (probes.unit() @ gallery.unit().T).astype(np.float32)
         scores[~probes.enrolled] = -np.inf
         scores[:, ~gallery.enrolled] = -np.inf
         rows = brute_search(scores, gallery.subject_ids.tolist(), probes.subject_ids.tolist(), "entry")
         mated, strangers = [row for row in rows if row[0]], [row[1] for row in rows if not row[0]]
+        enrolled = [row[2] for row in mated if row[1] > -np.inf]
+        share = sum(rank <= listed for rank in enrolled) / len(enrolled) if enrolled else None
+        assert result.enrolled_ranks == ((listed, share),)
         if not mated or not strangers:
             assert point.tpir is None
             continue
@@ -176,5 +198,12 @@ def test_open_set_rates_equal_plain_loops_with_ties_and_failures():
         assert point.tpir == sum(rank <= 1 for rank in hits) / len(mated)
         assert point.tpir_rank_l == sum(rank <= listed for rank in hits) / len(mated)
         assert point.point.realised == sum(score > threshold for score in strangers) / len(strangers)
+        assert point.is_extrapolated == (math.floor(rate * len(strangers) + 1e-9) == 0)
+        mated, strangers = [row for row in mated if row[1] > -np.inf], [s for s in strangers if s > -np.inf]
+        if not mated or not strangers:
+            assert point.tpir_enrolled is None
+            continue
+        threshold = canonical_threshold(strangers, rate)
+        assert point.tpir_enrolled == sum(row[1] > threshold and row[2] <= 1 for row in mated) / len(mated)
         compared += 1
     assert compared > CASES / 4

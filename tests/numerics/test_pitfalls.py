@@ -101,7 +101,7 @@ def test_strata_share_the_threshold_of_the_whole() -> None:
     ids = generator.integers(0, 40, 300)
     centres = np.vstack([gallery.embeddings, generator.normal(size=(20, 6))])
     probes = EmbeddingSet((centres[ids] + 0.8 * generator.normal(size=(300, 6))).astype(np.float32), ids)
-    result = evaluate_identification([gallery], probes, fpirs=(0.1,))
+    result = evaluate_identification([gallery], probes, fpirs=(0.1,), candidates=3)
     strata = generator.integers(0, 3, 300)
     found = identification_by_stratum(result, strata)
     threshold, search = result.open_set[0].point.threshold, result.searches[0]
@@ -110,10 +110,13 @@ def test_strata_share_the_threshold_of_the_whole() -> None:
         mated, others = own & search.is_mated, own & ~search.is_mated
         hits = (search.best > threshold) & (search.rank <= 1)
         assert one.tpir[0][0] == pytest.approx(hits[mated].mean())
+        listed = (search.best > threshold) & (search.rank <= 3)
+        assert one.tpir_rank_l[0][0] == pytest.approx(listed[mated].mean())
         assert one.fpir[0][0] == pytest.approx((search.best[others] > threshold).mean())
         assert one.ranks[0][1] == pytest.approx((search.rank[mated] <= 1).mean())
     whole = sum(one.tpir[0][0] * one.num_mated for one in found) / result.num_mated
     assert whole == pytest.approx(result.open_set[0].tpir)
+    assert any(one.tpir_rank_l != one.tpir for one in found)
 
 
 def test_rates_by_stratum_add_up() -> None:

@@ -50,6 +50,8 @@ def with_nan() -> np.ndarray:
         ({"qualities": np.array([1, 2, np.nan, 4], np.float32)}, "qualities must be finite"),
         ({"variances": np.zeros((4, 6), np.float32)}, "variances must be finite and above 0"),
         ({"variances": np.ones((4, 5), np.float32)}, r"variances has shape \(4, 5\)"),
+        ({"metadata": np.array("model: x")}, "metadata is not JSON"),
+        ({"metadata": np.array("[1]")}, "metadata is a JSON list; it must be an object"),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path: Path, change: dict[str, np.ndarray], message: str) -> None:
