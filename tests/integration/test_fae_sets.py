@@ -196,6 +196,24 @@ def test_ijbc_from_loose_crops(tmp_path: Path, task: str) -> None:
 
 
 @pytest.mark.usefixtures("short")
+def test_the_template_is_recorded_only_where_landmarks_aligned_the_images_here(tmp_path: Path) -> None:
+    keys, people = write_ijb(tmp_path / "meta")
+    write_images(tmp_path / "ijbc", keys, people)
+    aligned = ["ijbc", "--meta", tmp_path / "meta", "--images", tmp_path / "ijbc"]
+    keys, people = write_tinyface(tmp_path / "lists")
+    write_images(tmp_path / "tinyface", keys, people)
+    foreign = ["tinyface", "--lists", tmp_path / "lists", "--images", tmp_path / "tinyface"]
+    for options, expected in (
+        (aligned, "arcface_112"),
+        (foreign, "unknown (model expects arcface_112)"),
+        ([*foreign, "--alignment", "pad_0.1"], "pad_0.1"),
+    ):
+        command = ["evaluate", *options, "--model", "m", "--resamples", 0, "--out", tmp_path / "r.json"]
+        assert main(list(map(str, command))) == 0
+        assert json.loads((tmp_path / "r.json").read_text())["preprocessing"]["alignment"] == expected
+
+
+@pytest.mark.usefixtures("short")
 def test_ijbs_survface_scface_and_templates(tmp_path: Path) -> None:
     keys, people = write_ijbs(tmp_path / "cs6")
     write_images(tmp_path / "ijbs", keys, people)
