@@ -51,6 +51,8 @@ class EmbeddingSet:
             raise DataError(
                 f"{self.name}: subject_ids are {self.subject_ids.dtype}; integers or fixed-width strings are allowed."
             )
+        if self.keys is not None and self.keys.dtype.kind != "U":
+            raise DataError(f"{self.name}: keys are {self.keys.dtype}; names of images are strings.")
         if self.fte is not None and self.fte.dtype != np.bool_:
             raise DataError(f"{self.name}: fte is {self.fte.dtype}; it must be bool.")
         bad = np.flatnonzero(~np.isfinite(values).all(1) & ~self._marked)

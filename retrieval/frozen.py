@@ -56,6 +56,11 @@ def frozen_identification(source: Mapping[str, Any], searches: Sequence[GalleryS
 
 
 def _thresholds(source: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    if source["rule"] != "canonical":
+        raise DataError(
+            f"--thresholds: the result of {source['protocol']} was made by the rule {source['rule']}, whose thresholds "
+            "accept other scores; evaluate that set without --rule."
+        )
     found = [
         (name.removeprefix(prefix), np.float32(entry["threshold"]).item())
         for name, entry in source["metrics"].items()

@@ -44,12 +44,12 @@ def wilson(hits: int, total: int) -> Interval:
 
 
 def percentile_interval(values: NDArray[np.float64], *, subjects: int = 0) -> Interval | None:
-    """2.5 and 97.5 percentiles of resampled values, NaN left out; None where nothing is left.
+    """2.5 and 97.5 percentiles of resampled values, NaN left out; None where nothing is left, or one subject alone.
 
     Where every resample gives 0, or 1, the bootstrap is blind; then it is the Wilson interval of `subjects` trials.
     """
     known = values[~np.isnan(values)]
-    if not len(known):
+    if not len(known) or subjects == 1:
         return None
     if subjects and known.min() == known.max() and known[0] in (0.0, 1.0):
         certain = wilson(int(known[0]) * subjects, subjects)

@@ -210,7 +210,7 @@ def evaluate_pairs(
         found = operating_points(ascending, fars, rule=rule, positives=genuine, is_sorted=True)
         enrolled = _tar_enrolled(genuine, ascending, fars, rule, found)
         for far, point, interval, other in zip(fars, found, intervals, enrolled, strict=True):
-            hits = int(accepts(genuine, point).sum())
+            hits = int((accepts(genuine, point) & np.isfinite(genuine)).sum())  # a failure is none, whatever the rule
             interval = interval or wilson(hits, len(genuine))
             points.append(VerificationPoint(far, hits / len(genuine), None, point, interval, other))
     accuracy, threshold = (None, None) if missing else best_accuracy(genuine, ascending, is_sorted=True)

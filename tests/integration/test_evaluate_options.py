@@ -182,6 +182,10 @@ def test_thresholds_of_a_search_and_of_another_kind(tmp_path: Path, capsys: pyte
     command += ["--thresholds", tmp_path / "first.json", "--out", tmp_path / "r.json"]
     assert main(list(map(str, command))) == 2
     assert "holds no threshold of TAR; name one of the same kind" in capsys.readouterr().err
+    evaluate(tmp_path, "verification", *verification_set(tmp_path, "one", 0.5), "--rule", "pfe_int")
+    (tmp_path / "result.json").rename(tmp_path / "first.json")
+    assert main(list(map(str, command))) == 2
+    assert "made by the rule pfe_int" in capsys.readouterr().err
 
 
 def test_mutual_likelihood_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

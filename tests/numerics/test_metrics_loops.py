@@ -11,8 +11,8 @@ import pytest
 from retrieval.curves import discard
 from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics import evaluate_identification, evaluate_pairs, operating_point
-from retrieval.metrics.intervals import resampled_tar, resampled_weights
-from retrieval.metrics.rules import accepts
+from retrieval.metrics.intervals import percentile_interval, resampled_tar, resampled_weights
+from retrieval.metrics.rules import PAIR_RULES, accepts
 from retrieval.metrics.search import rank_scores
 from retrieval.results import identification_record
 from retrieval.templates import Pooling, TemplateSamples, pool_templates
@@ -215,3 +215,16 @@ def test_the_metrics_need_neither_torch_nor_scipy():
     code = "import sys, retrieval.metrics; print([m for m in ('torch', 'scipy', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("rule", PAIR_RULES)
+def test_a_pair_that_could_not_be_compared_is_never_a_hit(rule):
+    scores = np.array([0.9, -math.inf, 0.5, -math.inf], np.float32)
+    result = evaluate_pairs(scores, np.array([True, True, False, False]), fars=[1.0], rule=rule)
+    assert result.points[0].tar == 0.5
+
+
+def test_one_subject_alone_has_no_interval():
+    values = np.full(50, 0.22)
+    assert percentile_interval(values, subjects=1) is None
+    assert percentile_interval(values, subjects=2) is not None
