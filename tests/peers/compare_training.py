@@ -107,7 +107,7 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> dict[str, A
     for title, value in ratios.items():
         _say(title, value, "x")
     return {
-        "settings": _settings(args, "depth", "batch", "classes", "steps", "rounds", "threads", "head_precision")
+        "settings": _settings(args, "depth", "batch", "classes", "steps", "rounds", "threads", "logit_precision")
         | {"peer_precision": args.peer_precision},
         "replaced": training_code.REPLACED,
         "ratios": ratios,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -92,6 +93,19 @@ def test_the_stand_in_of_mxnet_reads_what_was_written(tmp_path):
 def test_nothing_to_compare_is_said(tmp_path, capsys):
     assert compare_training.main([str(tmp_path)]) == 1
     assert "holds neither" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_steps_are_compared_whatever_the_checkouts_hold(stand_in, tmp_path):
+    for folder in FOLDERS:
+        shutil.copytree(stand_in, tmp_path / folder)
+    (tmp_path / compare_training.ARCFACE / "AdvWarp.py").unlink()
+    out = tmp_path / "peers.json"
+    sizes = ["--batch", "8", "--classes", "20", "--rounds", "1"]
+    assert compare_training.main([str(tmp_path), "--parts", "step", *sizes, "--out", str(out)]) == 0
+    step = json.loads(out.read_text())["step"]
+    assert set(step["ratios"]) == {title for title, _, _ in compare_training._step_ratios()}
+    assert step["settings"]["logit_precision"] == "fp32"
 
 
 @needs_checkouts
