@@ -8,7 +8,7 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,12 +17,14 @@ from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aroface.config.schema import TrainConfig
+from aroface.config.schema import EngineConfig, TrainConfig
 from aroface.distributed import all_reduce, limit_waiting
-from aroface.engine.compiled import compile_in_place
+from aroface.engine.compiled import compile_in_place, warm_up
 from aroface.engine.deepspeed_settings import deepspeed_settings
+from aroface.engine.graphed import GraphedBackbone
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ConfigError
+from aroface.models.norm import fuse_norms
 
 __all__ = ["BackboneEngine", "start_distributed"]
 
@@ -70,6 +72,7 @@ def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
+        torch.backends.cudnn.benchmark = True  # a training has few shapes: the fastest algorithm of each is sought once
         device, backend = torch.device("cuda", local), "nccl"
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -116,8 +119,11 @@ class BackboneEngine:
         self._device_type = next(backbone.parameters()).device.type
         self.scaler = LossScaler(config.engine)
         self._backbone = self._with_norms(backbone)
-        if config.engine.compile:
+        fuse_norms(self._backbone, is_wanted=config.engine.fused_norms)
+        self._is_compiled = config.engine.compile
+        if self._is_compiled:
             compile_in_place(self._backbone)
+        self._graphed = GraphedBackbone(self._backbone) if self._records(config.engine) else None
         self._trained = {name: p for name, p in self._backbone.named_parameters() if p.requires_grad}
         # lr 0: DeepSpeed takes one step at start-up to create its state, which must not decay the weights.
         # fused: one pass over weights, gradients and momentum instead of four; the same numbers.
@@ -128,7 +134,9 @@ class BackboneEngine:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
-        model = _Autocast(self._backbone, self._device_type) if self._precision == "fp16" else self._backbone
+        model = self._graphed or self._backbone
+        if self._precision == "fp16":
+            model = _Autocast(model, self._device_type)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
@@ -150,6 +158,13 @@ class BackboneEngine:
         synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
         return synced
 
+    def _records(self, config: EngineConfig) -> bool:
+        if config.cuda_graphs and self._device_type != "cuda":
+            raise ConfigError(
+                "engine.cuda_graphs: true needs an NVIDIA GPU and this machine has none; set it to false."
+            )
+        return config.cuda_graphs
+
     def _stepped(self) -> list[Tensor]:
         """The tensors that the optimiser steps: parameters, or this rank's flat partitions of them."""
         if self._stage == 3:
@@ -160,6 +175,23 @@ class BackboneEngine:
     def backbone(self) -> nn.Module:
         """The network itself, without what the precision puts around it."""
         return self._backbone
+
+    def warm_up(self, rehearse: Callable[[], None], *, is_told: bool) -> None:
+        """Compile and record by a rehearsal of one step, as far as the configuration wants it; a collective.
+
+        Args:
+            rehearse: runs every pass of a step, forward and backward, and leaves no trace.
+            is_told: whether this rank says that the user has to wait.
+        """
+        wanted = {"engine.compile": self._is_compiled, "engine.cuda_graphs": self._graphed is not None}
+        settings = " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
+        if settings:
+            warm_up(rehearse, self._run_as_it_is, settings=settings, is_told=is_told)
+
+    def _run_as_it_is(self) -> None:
+        self._backbone._compiled_call_impl = None
+        if self._graphed is not None:
+            self._graphed.is_used = False
 
     @property
     def module(self) -> nn.Module:

@@ -33,6 +33,8 @@ _INIT_BLOCK = 4096
 _ONE_CHUNK = 8192
 #: Logits of 1,024 images by this many classes stay in the cache of a CPU core.
 _CPU_CHUNK = 1024
+#: Logits of a chunk on a GPU: enough work for each of the dozen kernels that a chunk takes.
+_GPU_LOGITS = 2**24
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -141,7 +143,7 @@ class ShardedHead(nn.Module):
                 self.kind.update(norms, known)
             rule = self.kind.negatives(known)
         config = self.config
-        chunk = config.chunk_classes or _chunk_classes(len(weights), weights.device.type)
+        chunk = config.chunk_classes or _chunk_classes(len(weights), len(unit), weights.device.type)
         settings = SoftmaxSettings(config.logit_scale, chunk, config.logit_precision, rule)
         negatives, cosines = _TERMS[config.implementation](unit, weights, local, settings)
         targets = torch.where(is_mine, config.logit_scale * self.kind.targets(cosines.clamp(-1, 1), norms), 0.0)
@@ -172,9 +174,11 @@ class ShardedHead(nn.Module):
         return nn.functional.embedding(chosen, self.weight, sparse=True), place[local]
 
 
-def _chunk_classes(count: int, device: str) -> int:
-    """Columns of a chunk that are fast: many on a GPU, few on a CPU."""
-    return _CPU_CHUNK if device == "cpu" and count > _ONE_CHUNK else _ONE_CHUNK
+def _chunk_classes(count: int, rows: int, device: str) -> int:
+    """Columns of a chunk that are fast: many on a GPU, which has to be kept busy, few on a CPU."""
+    if device == "cpu":
+        return _CPU_CHUNK if count > _ONE_CHUNK else _ONE_CHUNK
+    return max(_ONE_CHUNK, _GPU_LOGITS // rows)
 
 
 def _combine(negatives: Tensor, targets: Tensor, extra: Tensor | None, *, largest: float) -> Tensor:

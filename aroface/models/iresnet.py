@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aroface.models.backbone import Backbone
 from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
+from aroface.models.norm import norm
 from aroface.models.prelu import PReLU
 
 __all__ = ["BLOCKS_PER_STAGE", "IResNet", "STAGE_CHANNELS", "conv3x3"]
@@ -57,11 +58,13 @@ class IBasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = self.conv1(self.bn1(x))
-        out = self.conv2(self.prelu(self.bn2(out)))
-        result: Tensor = self.bn3(out) + identity
-        return result
+        identity = x
+        if self.downsample is not None:
+            project, project_norm = self.downsample
+            identity = norm(project_norm, project(x))
+        out = self.conv1(norm(self.bn1, x))
+        out = self.conv2(norm(self.bn2, out, prelu=self.prelu))
+        return norm(self.bn3, out, residual=identity)
 
 
 class IResNet(Backbone):
@@ -128,9 +131,9 @@ class IResNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, embedding_dim), float32 also under autocast."""
         self._check_images(images)
-        x = self.prelu(self.bn1(self.conv1(images)))
+        x = norm(self.bn1, self.conv1(images), prelu=self.prelu)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = self._run(block, x)
-        x = self.dropout(torch.flatten(self.bn2(x), 1))
+        x = self.dropout(torch.flatten(norm(self.bn2, x), 1))
         return in_fp32(x, self.fc, self.features)

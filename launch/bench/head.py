@@ -38,6 +38,11 @@ OURS: dict[str, dict[str, Any]] = {
     "sampled 0.3 bf16": {"sample_rate": 0.3, "logit_precision": "bf16"},
     "sampled 0.1 bf16": {"sample_rate": 0.1, "logit_precision": "bf16"},
 }
+#: The same on GPUs alone.
+FUSED: dict[str, dict[str, Any]] = {
+    "fused fp32": {"implementation": "triton"},
+    "fused bf16": {"implementation": "triton", "logit_precision": "bf16"},
+}
 _PEERS: dict[str, dict[str, Any]] = {
     "arcface_torch": {},
     "arcface_torch 0.3": {"sample_rate": 0.3},
@@ -111,7 +116,7 @@ class Pass:
             margin=_MARGIN,
             margin_gradient="straight_through",
             continuation="plain",
-            **OURS.get(name, {}),
+            **(OURS | FUSED).get(name, {}),
         )
         self.head = build_head(config, num_classes=classes, embedding_dim=DIM, seed=0).to(device)
         generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launch.bench.head import DIM, OURS, Pass
+from launch.bench.head import DIM, FUSED, OURS, Pass
 from launch.bench.measure import interleave, synchronise
 from launch.bench.output import Report, measured
 from launch.bench.roofline import measure_peaks
@@ -35,7 +35,8 @@ def measure_on(device: "torch.device", report: Report, *, batch: int, classes: i
         rounds: counted.
         bf16: also the share of the peak of bf16 products that our bf16 head reaches.
     """
-    passes = {name: one for name in _VARIANTS if (one := _fitting(name, batch, classes, device)) is not None}
+    names = (*_VARIANTS, *FUSED) if device.type == "cuda" else _VARIANTS
+    passes = {name: one for name in names if (one := _fitting(name, batch, classes, device)) is not None}
     memory = {name: _memory(one, device) for name, one in passes.items()}
     found = {m.name: m for m in interleave({n: _work(p, device) for n, p in passes.items()}, rounds=rounds)}
     title = f"{batch:,} x {classes:,}"
@@ -47,14 +48,16 @@ def measure_on(device: "torch.device", report: Report, *, batch: int, classes: i
         if name != "arcface_torch" and "arcface_torch" in found:
             pairs = zip(found["arcface_torch"].rounds, measurement.rounds, strict=True)
             speed = statistics.median(peer[0] / max(own[0], 1e-9) for peer, own in pairs)
-            goal = {"chunked fp32": 1.5, "chunked bf16": 2.5}.get(name)
+            goal = {"fp32": 1.5, "bf16": 2.5}.get(name.split()[-1])
             report.add(f"{title}: {name}, speed of arcface_torch", speed, "x", at_least=goal)
     if bf16 and "chunked bf16" in found:
         rate = measure_peaks(device="cuda").flops_per_s["bf16"]
         for what, flops in (("logits kept", _FLOPS_KEPT), ("logits formed twice", _FLOPS_TWICE)):
             limit = flops * batch * classes * DIM / rate
             report.add(f"{title}: limit of bf16 products, {what}", 1e3 * limit, "ms")
-            report.add(f"{title}: chunked bf16 / that limit", found["chunked bf16"].wall_s / limit, "x")
+            for name in ("chunked bf16", "fused bf16"):
+                if name in found:
+                    report.add(f"{title}: {name} / that limit", found[name].wall_s / limit, "x")
 
 
 def _fitting(name: str, batch: int, classes: int, device: "torch.device") -> Pass | None:

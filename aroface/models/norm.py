@@ -1,0 +1,193 @@
+"""Batch norm in training with what follows it, a PReLU or the sum of a residual, in as few passes as there can be.
+
+PyTorch runs batch norm, PReLU and sum one after the other, each reading and writing the whole activation, and its
+statistics on a GPU are far from the speed of the memory. Fused, a batch norm with a PReLU reads the activation twice
+and writes once in the forward pass; in the backward pass it reads gradient and activation twice and writes once. That
+is what is left of 7 and 16 passes.
+
+The kernels are Triton's. They run on NVIDIA GPUs for channels-last activations in training; everywhere else, and where
+Triton does not work, PyTorch's own operations do the same.
+"""
+
+import functools
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["fuse_norms", "norm"]
+
+logger = logging.getLogger(__name__)
+
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Elements of a tile of the passes that write an activation, of those that sum, and programs that sum for each SM.
+_TILE, _SUMMED_TILE, _PROGRAMS = 4096, 4096, 8
+_WARPS = 8
+_MOST_CHANNELS = 128  # of a tile
+
+
+def norm(module: nn.Module, x: Tensor, *, prelu: nn.PReLU | None = None, residual: Tensor | None = None) -> Tensor:
+    """`prelu(module(x)) + residual`.
+
+    Args:
+        module: batch norm; its running statistics are updated as by a call.
+        x: (B, C, H, W).
+        prelu: with C slopes; None: nothing.
+        residual: (B, C, H, W); None: nothing.
+
+    Returns:
+        (B, C, H, W) in the type of `x`; the fused path rounds once, PyTorch after each operation.
+    """
+    if _fits(module, x, prelu, residual) and _works(x.device):
+        slope = None if prelu is None else prelu.weight
+        fused: Tensor = _FusedNorm.apply(  # type: ignore[no-untyped-call]
+            x, module.weight, module.bias, slope, residual, module
+        )
+        return fused
+    y: Tensor = module(x)
+    if prelu is not None:
+        y = prelu(y)
+    return y if residual is None else y + residual
+
+
+def fuse_norms(backbone: nn.Module, *, is_wanted: bool) -> None:
+    """Let the batch norms of a backbone run fused where they can (as they do if this is not called), or never."""
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.is_never_fused = not is_wanted  # type: ignore[assignment]
+
+
+def _fits(module: nn.Module, x: Tensor, prelu: nn.PReLU | None, residual: Tensor | None) -> bool:
+    return (
+        (x.is_cuda or _is_interpreted())
+        and type(module) is nn.BatchNorm2d  # none that is synchronised between ranks
+        and module.training
+        and module.momentum is not None
+        and not getattr(module, "is_never_fused", False)
+        and not torch.compiler.is_compiling()
+        and x.dtype in _TYPES
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and len(x) * x.shape[2] * x.shape[3] > 1  # PyTorch says what is wrong with less
+        and _is_at_hand(module.weight, x)
+        and (prelu is None or (_is_at_hand(prelu.weight, x) and prelu.num_parameters == x.shape[1]))
+        and (
+            residual is None
+            or (residual.dtype == x.dtype and residual.is_contiguous(memory_format=torch.channels_last))
+        )
+    )  # fmt: skip
+
+
+def _is_at_hand(weight: Tensor | None, x: Tensor) -> bool:
+    """Whether it is there, in fp32, and not partitioned by DeepSpeed, which gathers it when its module is called."""
+    if weight is None or hasattr(weight, "ds_id"):
+        return False
+    return weight.dtype == torch.float32 and weight.device == x.device
+
+
+def _is_interpreted() -> bool:
+    """Whether kernels run on the CPU, one operation after the other: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    """Try the kernels once; where they fail, such as without a C compiler, say so and leave them alone."""
+    try:
+        x = torch.ones(2, 8, 2, 2, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+        module = nn.BatchNorm2d(8, device=device)
+        with torch.enable_grad():
+            y = _FusedNorm.apply(x, module.weight, module.bias, None, None, module)  # type: ignore[no-untyped-call]
+            torch.autograd.grad(y.sum(), x)
+    except Exception as error:  # Triton and the compilers behind it raise of every kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        logger.warning("Batch norms run as PyTorch's own operations, slower: Triton's kernels failed (%s).", reason)
+        return False
+    return True
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        slope: Tensor | None,
+        residual: Tensor | None,
+        module: nn.BatchNorm2d,
+    ) -> Tensor:
+        from aroface.models import norm_kernels
+
+        rows, channels = x.numel() // x.shape[1], x.shape[1]
+        tile = _tile(channels, _SUMMED_TILE)
+        parts, rows_of_part = _parts(rows, channels, tile, x.device)
+        partial = weight.new_empty((2, parts, channels))
+        norm_kernels.column_sums[(parts, _tiles(channels, tile[1]))](
+            x, partial, rows, channels, rows_of_part, *tile, num_warps=_WARPS
+        )
+        found = weight.new_empty((2, channels))
+        is_recorded = module.track_running_stats and module.running_mean is not None
+        running = (module.running_mean, module.running_var, module.num_batches_tracked) if is_recorded else (found,) * 3
+        norm_kernels.statistics[(_tiles(channels, 16),)](
+            x, partial, found, *running, rows, channels, parts, module.eps, module.momentum, 64, 16, is_recorded,
+            num_warps=4,
+        )  # fmt: skip
+        y = torch.empty_like(x)
+        tile = _tile(channels, _TILE)
+        norm_kernels.normalise_rows[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
+            x, found, weight, bias, weight if slope is None else slope, x if residual is None else residual, y,
+            rows, channels, *tile, slope is not None, residual is not None, num_warps=_WARPS,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, slope, found)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from aroface.models import norm_kernels
+
+        x, weight, bias, slope, found = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        rows, channels = x.numel() // x.shape[1], x.shape[1]
+        slopes = weight if slope is None else slope
+        tile = _tile(channels, _SUMMED_TILE)
+        parts, rows_of_part = _parts(rows, channels, tile, x.device)
+        partial = weight.new_empty((2 if slope is None else 3, parts, channels))
+        norm_kernels.gradient_columns[(parts, _tiles(channels, tile[1]))](
+            gradient, x, found, weight, bias, slopes, partial, rows, channels, rows_of_part,
+            *tile, slope is not None, num_warps=_WARPS,
+        )  # fmt: skip
+        sums = partial.sum(1)
+        result = torch.empty_like(x)
+        tile = _tile(channels, _TILE)
+        norm_kernels.gradient_of_input[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
+            gradient, x, found, weight, bias, slopes, sums, result, rows, channels,
+            *tile, slope is not None, num_warps=_WARPS,
+        )  # fmt: skip
+        of_slope = None if slope is None else sums[2]
+        return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None
+
+
+def _tile(channels: int, elements: int) -> tuple[int, int]:
+    """Rows and channels of a tile; powers of two."""
+    columns = min(_MOST_CHANNELS, 1 << (channels - 1).bit_length())
+    return max(1, elements // columns), columns
+
+
+def _tiles(length: int, tile: int) -> int:
+    return -(-length // tile)
+
+
+def _parts(rows: int, channels: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int]:
+    """Programs that share out the rows, and the rows of each: whole tiles, enough programs for the whole GPU."""
+    wanted = max(1, _PROGRAMS * _multiprocessors(device) // _tiles(channels, tile[1]))
+    rows_of_part = tile[0] * _tiles(_tiles(rows, tile[0]), wanted)
+    return _tiles(rows, rows_of_part), rows_of_part
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1

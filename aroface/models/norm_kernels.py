@@ -1,0 +1,162 @@
+# mypy: ignore-errors
+# Kernels are written in Triton's language, which only looks like Python.
+"""GPU kernels of batch norm with what follows it: every pass over the activations is one of the fewest there can be.
+
+An activation is a row-major (M, C) matrix: M = batch x height x width rows (channels last), C channels. Sums over the
+rows are formed in float32, in a fixed order: results do not depend on the order in which programs run.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["column_sums", "gradient_columns", "gradient_of_input", "normalise_rows", "statistics"]
+
+
+@triton.jit
+def _places(row, channel, last_row, channels):
+    """Offsets and which of them exist."""
+    place = row[:, None].to(tl.int64) * channels + channel[None, :]
+    return place, (row[:, None] < last_row) & (channel[None, :] < channels)
+
+
+@triton.jit
+def _column(start, channel, channels):
+    """Numbers of the channels, float32."""
+    return tl.load(start + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def column_sums(
+    x, partial, num_rows, channels, rows_of_program, tile_rows: tl.constexpr, tile_channels: tl.constexpr
+):  # fmt: skip
+    """partial[0, p, c] = sum of x - shift, partial[1, p, c] of its square, over the rows of program p.
+
+    The shift is the first row: near to the mean, so that the square of the mean does not swallow the variance.
+    """
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
+    shift = _column(x, channel, channels)
+    sums = tl.zeros((tile_rows, tile_channels), tl.float32)
+    squares = tl.zeros((tile_rows, tile_channels), tl.float32)
+    first = part * rows_of_program
+    last = tl.minimum(first + rows_of_program, num_rows)
+    for start in range(first, last, tile_rows):
+        place, inside = _places(start + tl.arange(0, tile_rows), channel, last, channels)
+        centred = tl.where(inside, tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - shift, 0.0)
+        sums += centred
+        squares += centred * centred
+    place = part * channels + channel
+    tl.store(partial + place, tl.sum(sums, 0), mask=channel < channels)
+    tl.store(partial + parts * channels + place, tl.sum(squares, 0), mask=channel < channels)
+
+
+@triton.jit
+def statistics(
+    x, partial, found, running_mean, running_var, seen, num_rows, channels, parts, eps, momentum,
+    tile_parts: tl.constexpr, tile_channels: tl.constexpr, is_recorded: tl.constexpr,
+):  # fmt: skip
+    """found[0] = mean, found[1] = 1 / sqrt(variance + eps) from `column_sums`; running statistics move along."""
+    channel = tl.program_id(0) * tile_channels + tl.arange(0, tile_channels)
+    sums = tl.zeros((tile_parts, tile_channels), tl.float32)
+    squares = tl.zeros((tile_parts, tile_channels), tl.float32)
+    for start in range(0, parts, tile_parts):
+        place, inside = _places(start + tl.arange(0, tile_parts), channel, parts, channels)
+        sums += tl.load(partial + place, mask=inside, other=0.0)
+        squares += tl.load(partial + parts * channels + place, mask=inside, other=0.0)
+    exists = channel < channels
+    offset = tl.sum(sums, 0) / num_rows
+    variance = tl.maximum(tl.sum(squares, 0) / num_rows - offset * offset, 0.0)
+    mean = tl.load(x + channel, mask=exists, other=0.0).to(tl.float32) + offset
+    tl.store(found + channel, mean, mask=exists)
+    tl.store(found + channels + channel, 1.0 / tl.sqrt(variance + eps), mask=exists)
+    if is_recorded:
+        unbiased = variance * (num_rows / (num_rows - 1.0))
+        before = tl.load(running_mean + channel, mask=exists, other=0.0)
+        tl.store(running_mean + channel, before + momentum * (mean - before), mask=exists)
+        before = tl.load(running_var + channel, mask=exists, other=0.0)
+        tl.store(running_var + channel, before + momentum * (unbiased - before), mask=exists)
+        if tl.program_id(0) == 0:
+            tl.store(seen, tl.load(seen) + 1)
+
+
+@triton.jit
+def normalise_rows(
+    x, found, weight, bias, slope, residual, y, num_rows, channels,
+    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, has_residual: tl.constexpr,
+):  # fmt: skip
+    """Write prelu(weight (x - mean) / deviation + bias) + residual."""
+    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
+    channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
+    place, inside = _places(row, channel, num_rows, channels)
+    mean, inverse = _column(found, channel, channels), _column(found + channels, channel, channels)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value = (value - mean) * (inverse * _column(weight, channel, channels)) + _column(bias, channel, channels)
+    if has_slope:
+        value = tl.where(value > 0, value, value * _column(slope, channel, channels))
+    if has_residual:
+        value += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _upstream(gradient, x, mean, inverse, weight, bias, slope, has_slope: tl.constexpr):
+    """(x - mean) / deviation, the gradient in front of the PReLU, and that of the slopes before it is summed."""
+    unit = (x - mean) * inverse
+    of_slope = unit
+    if has_slope:
+        value = unit * weight + bias
+        of_slope = tl.where(value > 0, 0.0, gradient * value)
+        gradient = tl.where(value > 0, gradient, gradient * slope)
+    return unit, gradient, of_slope
+
+
+@triton.jit
+def gradient_columns(
+    gradient, x, found, weight, bias, slope, partial, num_rows, channels, rows_of_program,
+    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr,
+):  # fmt: skip
+    """partial[k, p, c]: gradients of bias, weight and slope (k = 0, 1, 2), summed over the rows of program p."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
+    mean, inverse = _column(found, channel, channels), _column(found + channels, channel, channels)
+    scale, offset = _column(weight, channel, channels), _column(bias, channel, channels)
+    steepness = _column(slope, channel, channels) if has_slope else scale
+    of_bias = tl.zeros((tile_rows, tile_channels), tl.float32)
+    of_weight = tl.zeros((tile_rows, tile_channels), tl.float32)
+    of_slope = tl.zeros((tile_rows, tile_channels), tl.float32)
+    first = part * rows_of_program
+    last = tl.minimum(first + rows_of_program, num_rows)
+    for start in range(first, last, tile_rows):
+        place, inside = _places(start + tl.arange(0, tile_rows), channel, last, channels)
+        upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)  # zero outside: adds nothing
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        unit, upstream, bent = _upstream(upstream, value, mean, inverse, scale, offset, steepness, has_slope)
+        of_bias += upstream
+        of_weight += upstream * unit
+        if has_slope:
+            of_slope += bent
+    place = part * channels + channel
+    tl.store(partial + place, tl.sum(of_bias, 0), mask=channel < channels)
+    tl.store(partial + parts * channels + place, tl.sum(of_weight, 0), mask=channel < channels)
+    if has_slope:
+        tl.store(partial + 2 * parts * channels + place, tl.sum(of_slope, 0), mask=channel < channels)
+
+
+@triton.jit
+def gradient_of_input(
+    gradient, x, found, weight, bias, slope, sums, result, num_rows, channels,
+    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr,
+):  # fmt: skip
+    """Write weight / deviation (g - mean(g) - unit mean(g unit)), g the gradient in front of the PReLU."""
+    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
+    channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
+    place, inside = _places(row, channel, num_rows, channels)
+    mean, inverse = _column(found, channel, channels), _column(found + channels, channel, channels)
+    scale, offset = _column(weight, channel, channels), _column(bias, channel, channels)
+    steepness = _column(slope, channel, channels) if has_slope else scale
+    upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    unit, upstream, _ = _upstream(upstream, value, mean, inverse, scale, offset, steepness, has_slope)
+    of_bias, of_weight = _column(sums, channel, channels), _column(sums + channels, channel, channels)
+    value = scale * inverse * (upstream - (of_bias + unit * of_weight) / num_rows)
+    tl.store(result + place, value.to(result.dtype.element_ty), mask=inside)

@@ -1,0 +1,28 @@
+"""The fused batch norms compiled for a GPU, against float64; the interpreter runs the same checks on the CPU."""
+
+import pytest
+import torch
+
+from tests.helpers import fused_norms
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("has_prelu", "has_residual"), fused_norms.FOLLOWERS)
+@pytest.mark.parametrize("shape", [*fused_norms.SHAPES, (64, 64, 56, 56), (3, 512, 7, 7)])
+def test_norms(shape, dtype, has_prelu, has_residual):
+    fused_norms.norm_against_float64(shape, dtype, "cuda", has_prelu=has_prelu, has_residual=has_residual)
+
+
+def test_statistics():
+    fused_norms.variance_beside_a_large_mean("cuda")
+    fused_norms.statistics_that_are_not_recorded("cuda")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_network(dtype):
+    fused_norms.network_against_its_twin("cuda", dtype=dtype)
