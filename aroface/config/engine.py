@@ -39,10 +39,6 @@ class EngineConfig(Section):
     fused_norms: bool = Field(
         True, description="batch norm with its PReLU or residual in one Triton kernel, on GPUs; false: PyTorch's own"
     )
-    cuda_graphs: bool = Field(
-        False,
-        description="record the passes through the backbone and replay them, on GPUs: one launch instead of thousands",
-    )
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: idle cores / ranks of the machine")
     timeout_s: float = Field(
         1800.0, gt=0, description="seconds that a rank waits for the others, or makes no step, before the job ends"

@@ -1,4 +1,4 @@
-"""`torch.compile` for the backbone, and what it shares with graphs: made before the first step, given up on failure.
+"""`torch.compile` for the backbone: compiled before the first step, and given up where the compiler fails.
 
 The module is compiled in place, so parameters keep their names and the passes that bypass DeepSpeed (attack,
 consistency) run the same code as the main pass. Every kind of pass is a graph of its own with one fixed shape.
@@ -24,41 +24,37 @@ def compile_in_place(module: nn.Module) -> None:
     module.compile(dynamic=False)
 
 
-def warm_up(rehearse: Callable[[], None], give_up: Callable[[], None], *, settings: str, is_told: bool) -> bool:
-    """Compile, or record graphs, by a rehearsal of one step; on failure go back to eager, on all ranks, and say why.
+def warm_up(module: nn.Module, rehearse: Callable[[], None], *, is_told: bool) -> bool:
+    """Compile by a rehearsal of one step; on failure go back to eager, on all ranks, and say why.
 
     Args:
-        rehearse: runs every pass of a step through the network, forward and backward, and leaves no trace.
-        give_up: makes the network run as it is.
-        settings: what asked for this, such as `engine.compile`.
+        module: of `compile_in_place`.
+        rehearse: runs every pass of a step through `module`, forward and backward, and leaves no trace.
         is_told: whether this rank says that the user has to wait.
 
     Returns:
-        Whether the network is compiled or recorded. A collective.
+        Whether the module runs compiled. A collective.
     """
     if is_told:
-        wait = "about one to five minutes" if "compile" in settings else "some seconds"
-        logger.info("Preparing the network (%s); the first step starts in %s.", settings, wait)
+        logger.info("Compiling the network (engine.compile); the first step starts in about one to five minutes.")
     started, reason = time.perf_counter(), ""
     try:
         rehearse()
     except Exception as error:  # the compiler raises of every kind
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if any_rank(bool(reason)):
-        give_up()
+        module._compiled_call_impl = None
         if reason:
             logger.warning(
-                "The network runs as it is, slower, for %s failed: %s. On a CPU the compiler needs g++; %s: false "
-                "silences this.",
-                settings,
+                "The network could not be compiled and runs as it is, slower: %s. On a CPU "
+                "the compiler needs g++; engine.compile: false silences this.",
                 reason,
-                settings,
             )
         elif is_told:
-            logger.warning("On another rank %s failed; the network runs as it is on all ranks.", settings)
+            logger.warning("Another rank could not compile the network; it runs as it is on all ranks.")
         return False
     if is_told:
-        logger.info("Prepared in %.0f s.", time.perf_counter() - started)
+        logger.info("Compiled in %.0f s.", time.perf_counter() - started)
     return True
 
 

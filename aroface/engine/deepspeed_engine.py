@@ -8,7 +8,7 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from aroface.config.schema import EngineConfig, TrainConfig
+from aroface.config.schema import TrainConfig
 from aroface.distributed import all_reduce, limit_waiting
-from aroface.engine.compiled import compile_in_place, warm_up
+from aroface.engine.compiled import compile_in_place
 from aroface.engine.deepspeed_settings import deepspeed_settings
-from aroface.engine.graphed import GraphedBackbone
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ConfigError
 from aroface.models.norm import fuse_norms
@@ -120,10 +119,8 @@ class BackboneEngine:
         self.scaler = LossScaler(config.engine)
         self._backbone = self._with_norms(backbone)
         fuse_norms(self._backbone, is_wanted=config.engine.fused_norms)
-        self._is_compiled = config.engine.compile
-        if self._is_compiled:
+        if config.engine.compile:
             compile_in_place(self._backbone)
-        self._graphed = GraphedBackbone(self._backbone) if self._records(config.engine) else None
         self._trained = {name: p for name, p in self._backbone.named_parameters() if p.requires_grad}
         # lr 0: DeepSpeed takes one step at start-up to create its state, which must not decay the weights.
         # fused: one pass over weights, gradients and momentum instead of four; the same numbers.
@@ -134,9 +131,7 @@ class BackboneEngine:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
-        model = self._graphed or self._backbone
-        if self._precision == "fp16":
-            model = _Autocast(model, self._device_type)
+        model = _Autocast(self._backbone, self._device_type) if self._precision == "fp16" else self._backbone
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
@@ -158,13 +153,6 @@ class BackboneEngine:
         synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
         return synced
 
-    def _records(self, config: EngineConfig) -> bool:
-        if config.cuda_graphs and self._device_type != "cuda":
-            raise ConfigError(
-                "engine.cuda_graphs: true needs an NVIDIA GPU and this machine has none; set it to false."
-            )
-        return config.cuda_graphs
-
     def _stepped(self) -> list[Tensor]:
         """The tensors that the optimiser steps: parameters, or this rank's flat partitions of them."""
         if self._stage == 3:
@@ -175,23 +163,6 @@ class BackboneEngine:
     def backbone(self) -> nn.Module:
         """The network itself, without what the precision puts around it."""
         return self._backbone
-
-    def warm_up(self, rehearse: Callable[[], None], *, is_told: bool) -> None:
-        """Compile and record by a rehearsal of one step, as far as the configuration wants it; a collective.
-
-        Args:
-            rehearse: runs every pass of a step, forward and backward, and leaves no trace.
-            is_told: whether this rank says that the user has to wait.
-        """
-        wanted = {"engine.compile": self._is_compiled, "engine.cuda_graphs": self._graphed is not None}
-        settings = " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
-        if settings:
-            warm_up(rehearse, self._run_as_it_is, settings=settings, is_told=is_told)
-
-    def _run_as_it_is(self) -> None:
-        self._backbone._compiled_call_impl = None
-        if self._graphed is not None:
-            self._graphed.is_used = False
 
     @property
     def module(self) -> nn.Module:

@@ -66,26 +66,17 @@ def _zero(stage: int) -> dict[str, Any]:
 
 
 def _check_compile(config: TrainConfig) -> None:
-    for setting, is_on, why in (
-        ("compile", config.engine.compile, "the compiler keeps fewer activations by itself"),
-        ("cuda_graphs", config.engine.cuda_graphs, "a graph cannot put random numbers back for the second pass"),
-    ):
-        if not is_on:
-            continue
-        if config.engine.zero_stage == 3:
-            raise ConfigError(
-                f"engine.{setting}: true does not go with engine.zero_stage = 3, whose weights come and go inside the "
-                f"forward pass; use stage 0, 1 or 2, or engine.{setting}: false."
-            )
-        if config.model.checkpoint_activations:
-            raise ConfigError(
-                f"engine.{setting}: true does not go with model.checkpoint_activations: true; {why}. Set one of the "
-                "two to false."
-            )
-    if config.engine.cuda_graphs and config.engine.batch_norm == "sync":
+    if not config.engine.compile:
+        return
+    if config.engine.zero_stage == 3:
         raise ConfigError(
-            "engine.cuda_graphs: true does not go with engine.batch_norm = sync, which talks to other ranks inside the "
-            "forward pass; use local or frozen, or engine.cuda_graphs: false."
+            "engine.compile: true does not go with engine.zero_stage = 3, whose weights come and go inside the forward "
+            "pass; use stage 0, 1 or 2, or engine.compile: false."
+        )
+    if config.model.checkpoint_activations:
+        raise ConfigError(
+            "engine.compile: true does not go with model.checkpoint_activations: true; the compiler keeps fewer "
+            "activations by itself. Set one of the two to false."
         )
 
 

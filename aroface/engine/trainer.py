@@ -31,6 +31,7 @@ from aroface.engine.checkpoint import (
     take_snapshot,
 )
 from aroface.engine.checkpoint_layout import STATE_FILE, read_state, remove_torn
+from aroface.engine.compiled import warm_up
 from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
 from aroface.engine.evaluation import PeriodicEvaluation
 from aroface.engine.joint_update import JointUpdate, NonFiniteError
@@ -200,7 +201,7 @@ class Trainer:
                 write_best(self._run, self._best)
                 log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
-        self._warm_up()
+        self._compile()
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._watchdog)
@@ -219,17 +220,16 @@ class Trainer:
             if log:
                 log.close()
 
-    def _warm_up(self) -> None:
-        """Let the compiler have its minutes and graphs be recorded before the first step, on a batch of noise."""
-        engine = self.config.engine
-        if not (engine.compile or engine.cuda_graphs) or self.position.step == self.total_steps:
+    def _compile(self) -> None:
+        """Let the compiler have its minutes before the first step, on a batch of noise."""
+        if not self.config.engine.compile or self.position.step == self.total_steps:
             return
         side = self.config.model.image_size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (self._micro_batch, side, side, 3), dtype=torch.uint8, generator=generator)
         numbers = torch.arange(self._micro_batch)
         batch = Batch(images, numbers % self._data.num_classes, numbers)
-        self._engine.warm_up(lambda: self._task.rehearse(batch), is_told=self._rank == 0)
+        warm_up(self._engine.backbone, lambda: self._task.rehearse(batch), is_told=self._rank == 0)
 
     def request_stop(self) -> None:
         """Let `train` finish its step, save and return, on all ranks; a signal handler may call it, on any of them."""

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Elements of a tile of the passes that write an activation, of those that sum, and programs that sum for each SM.
-_TILE, _SUMMED_TILE, _PROGRAMS = 4096, 4096, 8
+_TILE, _SUMMED_TILE, _PROGRAMS = 4096, 4096, 4
 _WARPS = 8
 _MOST_CHANNELS = 128  # of a tile
 

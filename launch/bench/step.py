@@ -72,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logit-precision", choices=("fp32", "bf16"), default="fp32", help="of its products (%(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile for the backbone")
-    parser.add_argument("--cuda-graphs", action="store_true", help="record the passes through the backbone, on a GPU")
     parser.add_argument("--plain-norms", action="store_true", help="batch norms by PyTorch instead of fused, on a GPU")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1, help="(%(default)s)")
     parser.add_argument(
@@ -335,7 +334,6 @@ def _config(args: argparse.Namespace, alignment: Mapping[str, Any]) -> "TrainCon
             "precision": args.precision,
             "channels_last": not args.contiguous,
             "compile": args.compile,
-            "cuda_graphs": args.cuda_graphs,
             "fused_norms": not args.plain_norms,
             "zero_stage": args.zero_stage,
             "threads": args.threads,

@@ -105,7 +105,7 @@ def network_against_its_twin(device: str, *, depth: int = 18, dtype: torch.dtype
         scale = wanted.norm() + least
         errors = {name: float((values[key].double().cpu() - wanted).norm() / scale) for name, values in found.items()}
         # no farther from float64 than PyTorch's operations are, up to chance
-        assert errors["fused"] <= 1.5 * errors["plain"] + (1e-4 if dtype is None else 1e-2), (key, errors)
+        assert errors["fused"] <= 3 * errors["plain"] + (1e-4 if dtype is None else 1e-2), (key, errors)
 
 
 def _outcome(
