@@ -62,12 +62,12 @@ def fuse_norms(backbone: nn.Module, *, is_wanted: bool) -> None:
 
 def _fits(module: nn.Module, x: Tensor, prelu: nn.PReLU | None, residual: Tensor | None) -> bool:
     return (
-        (x.is_cuda or _is_interpreted())
+        not torch.compiler.is_compiling()
+        and (x.is_cuda or _is_interpreted())
         and type(module) is nn.BatchNorm2d  # none that is synchronised between ranks
         and module.training
         and module.momentum is not None
         and not getattr(module, "is_never_fused", False)
-        and not torch.compiler.is_compiling()
         and x.dtype in _TYPES
         and x.is_contiguous(memory_format=torch.channels_last)
         and len(x) * x.shape[2] * x.shape[3] > 1  # PyTorch says what is wrong with less
