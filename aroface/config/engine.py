@@ -37,7 +37,8 @@ class EngineConfig(Section):
         "warning where the compiler fails",
     )
     fused_norms: bool = Field(
-        True, description="batch norm with its PReLU or residual in one Triton kernel, on GPUs; false: PyTorch's own"
+        True,
+        description="batch norms of an IResNet fused with PReLU or residual in Triton, on GPUs; false: PyTorch's own",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: idle cores / ranks of the machine")
     timeout_s: float = Field(

@@ -37,8 +37,8 @@ class SoftmaxHeadConfig(Section):
     chunk_classes: int | None = Field(
         None,
         ge=1,
-        description="classes whose logits exist at one time: memory, not the result; null: 8192, or on CPU 1024 where "
-        "there are more than 8192 classes, else all at once",
+        description="classes whose logits exist at one time: memory, not the result; null: on a GPU 2^24 / images, at "
+        "least 8192; on a CPU 1024 where there are more than 8192 classes, else all at once",
     )
     logit_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the factors in the matrix products with the class centres; sums are fp32 in both cases"

@@ -71,7 +71,6 @@ def start_distributed(timeout_s: float = 1800.0) -> torch.device:
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
-        torch.backends.cudnn.benchmark = True  # a training has few shapes: the fastest algorithm of each is sought once
         device, backend = torch.device("cuda", local), "nccl"
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -9,7 +9,6 @@ Legend: N rows of the global batch, C local classes, D embedding dimension, K cl
 """
 
 import importlib.util
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from aroface.config.head import HeadConfig
 from aroface.errors import ConfigError
 from aroface.heads.products import operand, product
 from aroface.heads.softmax import MIN_LENGTH, SoftmaxSettings, add_target_gradient, target_cosines, through_length
+from aroface.triton_runtime import is_interpreted, multiprocessors
 
 __all__ = ["check_fused", "fused_terms"]
 
@@ -47,7 +47,7 @@ def check_fused(config: HeadConfig) -> None:
             "head.implementation = triton needs the package triton, which comes with PyTorch for CUDA on Linux; "
             f"install that build, or {use}."
         )
-    if not torch.cuda.is_available() and not _is_interpreted():
+    if not torch.cuda.is_available() and not is_interpreted():
         raise ConfigError(f"head.implementation = triton needs an NVIDIA GPU and this machine has none; {use}.")
     if config.kind == "curricularface" or config.interclass_filter is not None:
         what = "kind = curricularface" if config.kind == "curricularface" else "interclass_filter"
@@ -64,11 +64,6 @@ def fused_terms(
         embeddings, weights, targets, settings
     )
     return terms
-
-
-def _is_interpreted() -> bool:
-    """Whether kernels run on the CPU, one operation after the other: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class _FusedTerms(torch.autograd.Function):
@@ -113,7 +108,7 @@ def _totals(embeddings: Tensor, weights: Tensor, lengths: Tensor, targets: Tenso
     tiles = _TILES[settings.precision]
     row_tiles, class_tiles = -(-len(embeddings) // tiles.rows), -(-len(weights) // tiles.classes)
     # Few rows are few programs: the classes are split until every multiprocessor has two.
-    wanted = max(1, 2 * _multiprocessors(weights) // row_tiles)
+    wanted = max(1, 2 * multiprocessors(weights.device) // row_tiles)
     tiles_of_split = -(-class_tiles // min(class_tiles, wanted))
     splits = -(-class_tiles // tiles_of_split)
     partial = embeddings.new_empty((splits, len(embeddings)))
@@ -142,9 +137,3 @@ def _shares(
 def _options(tiles: _Tiles) -> dict[str, int]:
     sizes = {"tile_rows": tiles.rows, "tile_classes": tiles.classes, "tile_dim": tiles.dim}
     return sizes | {"num_warps": tiles.warps, "num_stages": 3}
-
-
-def _multiprocessors(weights: Tensor) -> int:
-    if weights.device.type != "cuda":
-        return 2
-    return int(torch.cuda.get_device_properties(weights.device).multi_processor_count)

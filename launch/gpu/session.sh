@@ -111,8 +111,8 @@ part_1() {
 # bench_step DEPTH BATCH CLASSES LIMIT [OPTION...]; `tag` tells runs apart that differ in the options alone
 bench_step() {
   local name="step-r$1-batch-$2-classes-$3${tag:-}"
-  step "$name" "$4" aroface bench step --depth "$1" --batch "$2" --classes "$3" --logit-precision bf16 \
-    --ways plain,adversarial,delayed --rounds 10 --out "$out/$name.json" "${@:5}"
+  step "$name" "$4" aroface bench step --depth "$1" --batch "$2" --classes "$3" --logit-precision bf16 --head triton \
+    --zero-stage 0 --ways plain,adversarial,delayed --rounds 10 --out "$out/$name.json" "${@:5}"
 }
 
 peer_steps() {

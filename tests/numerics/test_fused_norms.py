@@ -1,9 +1,6 @@
 """Batch norm with its PReLU or residual in one pass: the kernels against float64, and where they are not used."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,26 +8,18 @@ from torch import nn
 
 from aroface.models import norm as fused
 from aroface.models.norm import fuse_norms, norm
+from tests.helpers.interpreter import run_in_interpreter
 
 
 def test_kernels_in_tritons_interpreter():
     """On the CPU: fp32 and bf16, ragged shapes, every follower, statistics, and a whole network beside its twin."""
-    pytest.importorskip("triton", reason="the fused kernels need triton; it comes with PyTorch for CUDA")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.fused_norms"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_interpreter("tests.helpers.fused_norms")
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """`_fits` decides as it does on a GPU; no kernel runs."""
-    monkeypatch.setattr(fused, "_is_interpreted", lambda: True)
+    monkeypatch.setattr(fused, "is_interpreted", lambda: True)
     monkeypatch.setattr(fused, "_works", lambda device: True)
 
 
@@ -71,7 +60,7 @@ def test_without_kernels_it_is_pytorchs_own():
 
 
 def test_kernels_that_fail_are_left_alone_and_it_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(fused, "_is_interpreted", lambda: True)
+    monkeypatch.setattr(fused, "is_interpreted", lambda: True)
 
     def broken(*_):
         raise RuntimeError("no C compiler")

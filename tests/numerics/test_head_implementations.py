@@ -1,9 +1,6 @@
 """One softmax, several implementations: plain autograd, chunks, fused kernels."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from aroface.config.head import HeadConfig
 from aroface.errors import ConfigError
 from aroface.heads import build_head, fused
 from tests.helpers.head_oracle import HEADS
+from tests.helpers.interpreter import run_in_interpreter
 
 
 def head_of(name, **settings):
@@ -60,20 +58,11 @@ def test_triton_is_refused_where_it_cannot_be(monkeypatch, installed, name, mess
         importlib.util, "find_spec", lambda name, *a: found if name == "triton" else find_spec(name, *a)
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: name != "arcface")
-    monkeypatch.setattr(fused, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(fused, "is_interpreted", lambda: False)
     with pytest.raises(ConfigError, match=message):
         head_of(name, implementation="triton")
 
 
 def test_fused_kernels_in_tritons_interpreter():
     """The kernels themselves, on the CPU: every kind of head, ragged shapes, fp32 and bf16, against float64."""
-    pytest.importorskip("triton", reason="the fused kernels need triton; it comes with PyTorch for CUDA")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.fused_heads"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_interpreter("tests.helpers.fused_heads")
