@@ -5,7 +5,6 @@ the number of workers. While it runs, OUT/.packing holds the plan and one record
 the same plan continues there, one with another plan is refused. The manifest is written last.
 """
 
-import fcntl
 import json
 import logging
 import shutil
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from aroface.files import read_json, write_csv, write_json
+from aroface.locks import try_lock
 from shards.duplicates import HASH_BYTES, Duplicates, find_duplicates, write_duplicates
 from shards.image_table import ImageTable, TableBuilder
 from shards.manifest import MANIFEST_NAME, Identity, Manifest, ShardEntry, write_identities
@@ -166,13 +166,11 @@ def _plan(paths: Sequence[Path], table: ImageTable, people: Sequence[str], optio
 def _only_packer(out: Path) -> Iterator[None]:
     """Hold the lock of the output directory; the kernel drops it with the process."""
     (out / _WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-    with (out / _WORK_FOLDER / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with try_lock(out / _WORK_FOLDER / "lock") as lock:
+        if not lock.is_mine:
             raise DataError(
-                f"Another process is packing into {out}; wait for it, or name another directory."
-            ) from error
+                f"Another process is packing into {out} ({lock.holder}); wait for it, or name another directory."
+            )
         yield
 
 
