@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -164,14 +164,28 @@ def _plan(paths: Sequence[Path], table: ImageTable, people: Sequence[str], optio
 
 @contextmanager
 def _only_packer(out: Path) -> Iterator[None]:
-    """Hold the lock of the output directory; the kernel drops it with the process."""
-    (out / _WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-    with try_lock(out / _WORK_FOLDER / "lock") as lock:
+    """Hold the lock of the output directory; one that an error ends before its first piece of work leaves nothing."""
+    work = out / _WORK_FOLDER
+    absent = [folder for folder in (work, *work.parents) if not folder.exists()]
+    work.mkdir(parents=True, exist_ok=True)
+    with try_lock(work / "lock") as lock:
         if not lock.is_mine:
             raise DataError(
                 f"Another process is packing into {out} ({lock.holder}); wait for it, or name another directory."
             )
-        yield
+        try:
+            yield
+        except DataError:
+            if work in absent and not any(work.glob("shard-*")) and not any(work.glob("hashes-*")):
+                _remove(work, absent[1:])
+            raise
+
+
+def _remove(work: Path, parents: Sequence[Path]) -> None:
+    shutil.rmtree(work)
+    for folder in parents:
+        with suppress(OSError):  # somebody else has put something there meanwhile
+            folder.rmdir()
 
 
 def _adopt(out: Path, plan: dict[str, object]) -> None:
