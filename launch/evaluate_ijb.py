@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 
 _FARS = "1e-6,1e-5,1e-4,1e-3,1e-2,1e-1"
 _FPIRS = "0.001,0.01,0.1"
+_CANDIDATES = 20
+#: Options that some of the tasks use.
+_USED_BY = {
+    **dict.fromkeys(("far", "save_scores", "covariates", "covariate", "pairs"), ("1:1", "covariates")),
+    **dict.fromkeys(("fpir", "candidates", "save_candidates"), ("1:N",)),
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--covariate", metavar="COLUMN", help="TAR and FMR by this column of the first side")
     add_source(parser, images="folder of the loose crops")
     add_pooling(parser, "N1D1")
-    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"1:1 ({_FARS})")
-    parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"1:N ({_FPIRS})")
-    parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="1:N list length (%(default)s)")
+    parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"FARs of pairs: 1:1, covariates ({_FARS})")
+    parser.add_argument("--fpir", type=rates, metavar="RATE,..", help=f"FPIRs of searches: 1:N ({_FPIRS})")
+    parser.add_argument("--candidates", type=positive, metavar="L", help=f"1:N list length ({_CANDIDATES})")
     add_similarity(parser)
     add_rule(parser)
     add_out(parser, pairs=True, searches=True)
@@ -109,21 +115,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what the task does not use."""
+    """Refuse what the task does not use, and fill in what it does."""
     from retrieval.metrics.rules import PAIR_RULES
 
-    unused = {
-        "1:1": ("save_candidates",),
-        "covariates": ("save_candidates",),
-        "1:N": ("save_scores", "covariates", "covariate", "pairs"),
-    }
-    refuse_options(args, unused[args.task])
+    refuse_options(args, _USED_BY)
     if args.task == "covariates" and args.covariate is not None and args.covariates is None:
         args.covariates = _covariate_list(args)
     if args.covariate is not None and args.covariates is None:
         raise ConfigError(f"--covariate {args.covariate} needs --covariates, the file that has this column.")
     if args.task != "1:N" and args.rule not in PAIR_RULES:
         raise ConfigError(f"--rule {args.rule} is about searches; --task {args.task} has {', '.join(PAIR_RULES)}.")
+    args.far, args.fpir = args.far or rates(_FARS), args.fpir or rates(_FPIRS)
+    args.candidates = args.candidates or _CANDIDATES
 
 
 def _lists(args: argparse.Namespace, name: "IjbName") -> "tuple[tuple[TemplateList, ...], list[Path]]":
