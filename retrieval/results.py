@@ -175,7 +175,7 @@ def verification_record(
         result.accuracy,
         interval=None if result.accuracy is None else wilson(round(result.accuracy * total), total),
         reason=reason,
-        threshold=result.accuracy_threshold,
+        threshold=None if result.accuracy_threshold is None else _finite(result.accuracy_threshold),
         note="best threshold chosen on these pairs: optimistic",
     )
     weak = _weak_warnings("FAR", far_labels, result.points)
