@@ -318,6 +318,7 @@ def _finish(
         source=source,
         licence=options.licence,
         template=options.template,
+        aligned_by=("given landmarks" if options.landmarks else "the list") if options.preparation.align else None,
         skipped=len(bad),
         identities_sha256=write_identities(out, identities),
         duplicates=found.num_surplus,
