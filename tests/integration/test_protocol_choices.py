@@ -28,6 +28,7 @@ from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluat
         (["--rule", "argsort_rev"], "--rule argsort_rev is about searches"),
         (["--save-candidates", "c.csv"], "--save-candidates has no effect on --task 1:1"),
         (["--covariate", "YAW"], "--covariate YAW needs --covariates"),
+        (["--covariates", "c.csv"], "--covariates c.csv needs --covariate, the name of a column"),
         (["--task", "1:N", "--save-scores", "s.npy"], "--save-scores has no effect on --task 1:N"),
         (["--task", "1:N", "--pairs", "p.txt"], "--pairs has no effect on --task 1:N"),
         (["--task", "1:N", "--covariates", "c.csv"], "--covariates has no effect on --task 1:N"),
