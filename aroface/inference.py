@@ -1,6 +1,5 @@
 """A checkpoint as an embedder: images in, embeddings out, as the model was trained to see them."""
 
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from aroface.config.load import parse_config
 from aroface.config.model import ModelSection
 from aroface.config.schema import ModelConfig, TrainConfig
 from aroface.contract import InputContract
+from aroface.devices import own_device
 from aroface.engine.checkpoint_layout import BACKBONE_FILE, STATE_FILE, read_state, resolve_checkpoint
 from aroface.errors import CheckpointError
 from aroface.files import sha256_of
@@ -69,7 +69,7 @@ class TorchEmbedder:
         batch_size: int = 64,
         device: str | None = None,
     ) -> None:
-        self._device = torch.device(device or _own_device())
+        self._device = torch.device(device or own_device())
         self._model = model
         self._backbone = model.backbone.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._precision = precision
@@ -104,14 +104,6 @@ class TorchEmbedder:
     def _autocast(self) -> AbstractContextManager[object]:
         enabled = self._precision == "bf16"
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def _own_device() -> str:
-    """The GPU of this rank of torchrun or srun, the first where there is no rank, or the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-    return f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
 def load_embedder(

@@ -1,5 +1,6 @@
-"""An exported ONNX file as an embedder, on ONNX Runtime. Imports no torch."""
+"""An exported ONNX file as an embedder, on ONNX Runtime. Imports no torch, but to count GPUs for several ranks."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from aroface.devices import local_rank, own_gpu
 from aroface.errors import ExportError
 from export.embedder import ExportedEmbedder
 from export.metadata import ModelMetadata
@@ -14,14 +16,13 @@ from export.onnx_file import require_file
 
 __all__ = ["OnnxEmbedder"]
 
-_PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _FATAL_ONLY = 4
 #: Copies int8 quantisers behind a pooling layer; another pass makes them uint8 and forgets the type that they repeat.
 _MOVES_QUANTISERS = "QDQPropagationTransformer"
 
 
 class OnnxEmbedder(ExportedEmbedder):
-    """`aroface.types.Embedder` on ONNX Runtime.
+    """`aroface.types.Embedder` on ONNX Runtime; with CUDA on the GPU of the local rank, or the first.
 
     Args:
         path: a file that `aroface export` wrote.
@@ -40,8 +41,7 @@ class OnnxEmbedder(ExportedEmbedder):
             options.intra_op_num_threads = threads
         # Waiting threads that spin slow down the decoding threads beside them.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        available = onnxruntime.get_available_providers()
-        providers = [provider for provider in _PREFERRED_PROVIDERS if provider in available]
+        providers = _providers(onnxruntime.get_available_providers())
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=providers, disabled_optimizers=[_MOVES_QUANTISERS]
@@ -55,6 +55,13 @@ class OnnxEmbedder(ExportedEmbedder):
         names = [self.metadata.output_embedding, self.metadata.output_norm]
         embeddings, norms = self._session.run(names, {self.metadata.input_name: batch})
         return embeddings, norms
+
+
+def _providers(available: Collection[str]) -> list[str | tuple[str, dict[str, int]]]:
+    """The preferred ones, best first. Rank 0 has the first GPU however many there are, and need not count them."""
+    gpu = local_rank() and "CUDAExecutionProvider" in available and own_gpu()
+    preferred = {"CUDAExecutionProvider": {"device_id": gpu or 0}, "CPUExecutionProvider": {}}
+    return [(name, settings) if settings else name for name, settings in preferred.items() if name in available]
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from aroface.devices import own_gpu
 from aroface.errors import ExportError
 
 __all__ = ["GpuState", "require_tensorrt"]
@@ -16,10 +17,10 @@ __all__ = ["GpuState", "require_tensorrt"]
 _TIMEOUT_S = 120
 _OLDEST = (10, 9)
 _PROGRAM = """
-import json, torch
+import json, sys, torch
 state = {"cuda": torch.cuda.is_available()}
 if state["cuda"]:
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(int(sys.argv[1]))
     state["device"] = properties.name
     state["compute_capability"] = f"{properties.major}.{properties.minor}"
     state["cuda_version"] = torch.version.cuda
@@ -38,7 +39,7 @@ print(json.dumps(state))
 
 @dataclass(frozen=True)
 class GpuState:
-    """The GPU and TensorRT of this machine."""
+    """The GPU of this process and the TensorRT of this machine."""
 
     tensorrt_version: str
     device: str
@@ -94,7 +95,11 @@ def require_tensorrt() -> GpuState:
 def _probe() -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(
-            [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
+            [sys.executable, "-c", _PROGRAM, str(own_gpu() or 0)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess([], 1, "", f"no answer within {_TIMEOUT_S} s")

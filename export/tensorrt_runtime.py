@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aroface.devices import own_gpu
 from aroface.errors import ExportError
 from export.embedder import ExportedEmbedder
 from export.engine_record import BatchProfile, EngineRecord, read_engine_record
@@ -15,11 +16,9 @@ from export.tensorrt_probe import require_tensorrt
 
 __all__ = ["TensorRtEmbedder", "choose_profile", "make_logger", "open_engine"]
 
-_DEVICE = "cuda"
-
 
 class TensorRtEmbedder(ExportedEmbedder):
-    """`aroface.types.Embedder` on TensorRT.
+    """`aroface.types.Embedder` on TensorRT, on the GPU of the local rank, or the first.
 
     Args:
         plan: the serialised engine.
@@ -34,8 +33,10 @@ class TensorRtEmbedder(ExportedEmbedder):
     def __init__(self, plan: bytes, record: EngineRecord, *, name: str, batch_size: int = 64) -> None:
         trt = importlib.import_module("tensorrt")
         logger, messages = make_logger(trt)
-        self._runtime_of_engine = trt.Runtime(logger)  # must outlive the engine
-        self._engine = self._runtime_of_engine.deserialize_cuda_engine(plan)
+        self._stream = _new_stream()
+        with self._stream:  # an engine belongs to the GPU that is current when it is loaded
+            self._runtime_of_engine = trt.Runtime(logger)  # must outlive the engine
+            self._engine = self._runtime_of_engine.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise ExportError(
                 f"TensorRT {trt.__version__} cannot load {name}: {'; '.join(messages[-3:]) or 'no reason given'}. "
@@ -44,7 +45,6 @@ class TensorRtEmbedder(ExportedEmbedder):
         self._name = name
         self._profiles = record.profiles
         self._contexts: dict[int, Any] = {}
-        self._stream = _new_stream()
         largest = max(profile.maximum for profile in record.profiles)
         super().__init__(self._run, record.model, runtime="tensorrt", batch_size=min(batch_size, largest))
 
@@ -54,11 +54,12 @@ class TensorRtEmbedder(ExportedEmbedder):
         missing = self._profiles[index].minimum - wanted
         if missing > 0:
             batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
-        context = self._context(index)
+        device = self._stream.device
         with self._stream:
-            source = torch.from_numpy(batch).to(_DEVICE)
-            embeddings = torch.empty(len(batch), self.embedding_dim, device=_DEVICE)
-            norms = torch.empty(len(batch), device=_DEVICE)
+            context = self._context(index)
+            source = torch.from_numpy(batch).to(device)
+            embeddings = torch.empty(len(batch), self.embedding_dim, device=device)
+            norms = torch.empty(len(batch), device=device)
             tensors = {
                 self.metadata.input_name: source,
                 self.metadata.output_embedding: embeddings,
@@ -129,10 +130,14 @@ def make_logger(trt: Any) -> tuple[Any, list[str]]:
 
 
 class _CudaStream:
-    """A stream of its own as a context manager: on the default one TensorRT synchronises more than it must."""
+    """A stream of its own as a context manager: on the default one TensorRT synchronises more than it must.
+
+    Inside, its GPU is the current one, whatever thread enters.
+    """
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.device = torch.device("cuda", own_gpu() or 0)
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._guard: Any = None
 
     @property

@@ -3,11 +3,12 @@
 PATH is a run directory, or one of its step-NNNNNNNN directories where that makes sense. `verify` reads every byte and
 exits with 2 where something does not have its checksum. `prune` deletes all but the newest checkpoints, those of every
 n-th step, and the best one. It first reads every byte of the newest: a damaged one is named, stays, and does not count.
-It says what it would do with --dry-run.
+It says what it would do with --dry-run. A run that is being trained is left alone: its own settings thin it out.
 """
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +146,20 @@ def _is_good(directory: Path) -> bool:
 def _prune(args: argparse.Namespace) -> None:
     from aroface.engine.best import read_best
     from aroface.engine.checkpoint_layout import list_checkpoints, prune
+    from aroface.engine.run_directory import hold_run
 
     if not list_checkpoints(args.path):
         raise CheckpointError(f"{args.path} holds no checkpoints; give a run directory.")
-    best = read_best(args.path)
-    doomed = prune(
-        args.path,
-        keep_last=args.keep_last,
-        keep_every=args.keep_every,
-        best=best,
-        is_dry=args.dry_run,
-        is_good=_is_good,
-    )
+    with nullcontext() if args.dry_run else hold_run(args.path):
+        best = read_best(args.path)
+        doomed = prune(
+            args.path,
+            keep_last=args.keep_last,
+            keep_every=args.keep_every,
+            best=best,
+            is_dry=args.dry_run,
+            is_good=_is_good,
+        )
     for directory in doomed:
         print(f"{'would delete' if args.dry_run else 'deleted'} {directory}")
     kept = len(list_checkpoints(args.path)) - (len(doomed) if args.dry_run else 0)

@@ -105,7 +105,7 @@ class _Job:
     def __init__(self, args: argparse.Namespace) -> None:
         from launch.embedders import open_embedder
         from retrieval.extraction import select_images
-        from shards.faces import align_faces, open_face_set
+        from shards.faces import align_faces, aligned_when_packed, open_face_set
 
         faces: FaceSet = open_face_set(args.images, align=args.align, as_stored=args.out.suffix != ".npz")
         self.faces = faces if args.landmarks is None else align_faces(faces, args.landmarks)
@@ -123,6 +123,8 @@ class _Job:
         self.metadata = {"images": str(args.images), "take": args.take}
         if args.landmarks is not None or args.align:
             self.metadata["aligned_by"] = "the list" if args.landmarks is None else args.landmarks.name
+        elif (packed := aligned_when_packed(faces)) is not None:
+            self.metadata["aligned_by"] = f"{packed}, when packed"
 
     def embed(self, indices: Sequence[int], on_progress: "Callable[[int], None]", *, is_part: bool) -> "Extraction":
         """Some images, in that order."""

@@ -130,6 +130,7 @@ def print_manifest(manifest: "Manifest", out: Path) -> None:
         ("images", f"{manifest.num_samples:,} ({size})"),
         ("identities", f"{manifest.num_classes:,}"),
         ("shards", f"{len(manifest.shards):,}, {sum(shard.bytes for shard in manifest.shards) / 2**20:,.1f} MiB"),
+        ("aligned", "as they came" if manifest.aligned_by is None else f"by {manifest.aligned_by}"),
         ("unreadable, skipped", f"{manifest.skipped:,}{' (skipped.csv)' if manifest.skipped else ''}"),
         ("equal images", f"{manifest.duplicates:,}{' (duplicates.csv)' if manifest.duplicates else ''}"),
         ("of several people", f"{manifest.conflicts:,}"),

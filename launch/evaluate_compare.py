@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aroface.errors import DataError
+from aroface.errors import ConfigError, DataError
 from launch.evaluate_options import positive, rates
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("first", type=Path, metavar="A.npz", help="details of system A")
     parser.add_argument("second", type=Path, metavar="B.npz", help="details of system B")
-    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"of pairs ({_FARS})")
+    parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"of pairs ({_FARS})")
     parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
 
@@ -35,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
 
     first, second = read_details(args.first), read_details(args.second)
     _check_same(args, first, second)
+    if args.far is not None and "scores" not in first:
+        raise ConfigError(
+            f"--far {','.join(args.far)} belongs to pairs (1:1), and {args.first} holds searches (1:N), whose ranks "
+            "are compared; leave it out."
+        )
     found = _pairs(args, first, second) if "scores" in first else _searches(args, first, second)
     metrics = {
         name: metric(c.difference, interval=c.interval, first=c.first, second=c.second, p_value=c.p_value, unit="A - B")
@@ -71,8 +76,9 @@ def _pairs(args: argparse.Namespace, first: dict[str, Any], second: dict[str, An
         kind = "impostor" if same.all() else "genuine"
         raise DataError(f"{args.first} holds no {kind} pair; there is no TAR at FAR to compare.")
     sides = first["subjects"][:, 0], first["subjects"][:, 1]
-    found = compare_tar((first["scores"], second["scores"]), same, sides, args.far.values, resamples=args.resamples)
-    return {f"tar@far={label}": comparison for label, comparison in zip(args.far, found, strict=True)}
+    fars = args.far or rates(_FARS)
+    found = compare_tar((first["scores"], second["scores"]), same, sides, fars.values, resamples=args.resamples)
+    return {f"tar@far={label}": comparison for label, comparison in zip(fars, found, strict=True)}
 
 
 def _searches(args: argparse.Namespace, first: dict[str, Any], second: dict[str, Any]) -> "dict[str, Comparison]":

@@ -13,9 +13,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from aroface.errors import ConfigError
 from launch.evaluate_options import one_rate, positive
 from launch.fae_sets import SETS, TASKS
 from launch.training_overlap import add_trained_on, overlap_warnings
+
+_FPIR = one_rate("0.1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--far", type=one_rate, default=one_rate("1e-2"), metavar="RATE", help="of false matches (1e-2)"
     )
-    parser.add_argument("--fpir", type=one_rate, default=one_rate("0.1"), metavar="RATE", help="of false alarms (0.1)")
+    parser.add_argument("--fpir", type=one_rate, metavar="RATE", help="of false alarms, where sets are searched (0.1)")
     add_trained_on(parser)
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
@@ -60,12 +63,17 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.results import file_hashes, write_result
 
     faces, data_set = open_fae_set(args)
+    if args.fpir is not None and data_set.pairs is not None:
+        raise ConfigError(
+            f"--fpir {args.fpir[0]} belongs to sets that are searched (1:N), and {data_set.name} is a list of pairs "
+            "(1:1); leave it out, --far is the rate of pairs."
+        )
     settings = FaeSettings(
         subset=None if args.all else args.subset,
         trials=args.trials,
         sides=args.sides,
         far=args.far[0],
-        fpir=args.fpir[0],
+        fpir=(args.fpir or _FPIR)[0],
         flip=args.flip,
         batch_size=args.batch,
     )

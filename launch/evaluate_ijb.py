@@ -29,13 +29,18 @@ from launch.evaluate_source import (
 
 if TYPE_CHECKING:
     from retrieval.embeddings import EmbeddingSet
-    from retrieval.metrics import VerificationResult
     from retrieval.protocols.collection import Collection
-    from retrieval.protocols.ijb import IjbName, IjbPairs, TemplateList
+    from retrieval.protocols.ijb import IjbName, TemplateList
     from retrieval.templates import TemplateSamples
 
 _FARS = "1e-6,1e-5,1e-4,1e-3,1e-2,1e-1"
 _FPIRS = "0.001,0.01,0.1"
+_CANDIDATES = 20
+#: Options that some of the tasks use.
+_USED_BY = {
+    **dict.fromkeys(("far", "save_scores", "covariates", "covariate", "pairs"), ("1:1", "covariates")),
+    **dict.fromkeys(("fpir", "candidates", "save_candidates"), ("1:N",)),
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--covariate", metavar="COLUMN", help="TAR and FMR by this column of the first side")
     add_source(parser, images="folder of the loose crops")
     add_pooling(parser, "N1D1")
-    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"1:1 ({_FARS})")
-    parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"1:N ({_FPIRS})")
-    parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="1:N list length (%(default)s)")
+    parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"FARs of pairs: 1:1, covariates ({_FARS})")
+    parser.add_argument("--fpir", type=rates, metavar="RATE,..", help=f"FPIRs of searches: 1:N ({_FPIRS})")
+    parser.add_argument("--candidates", type=positive, metavar="L", help=f"1:N list length ({_CANDIDATES})")
     add_similarity(parser)
     add_rule(parser)
     add_out(parser, pairs=True, searches=True)
@@ -109,21 +114,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what the task does not use."""
+    """Refuse what the task does not use, and fill in what it does."""
     from retrieval.metrics.rules import PAIR_RULES
 
-    unused = {
-        "1:1": ("save_candidates",),
-        "covariates": ("save_candidates",),
-        "1:N": ("save_scores", "covariates", "covariate", "pairs"),
-    }
-    refuse_options(args, unused[args.task])
+    refuse_options(args, _USED_BY)
     if args.task == "covariates" and args.covariate is not None and args.covariates is None:
         args.covariates = _covariate_list(args)
     if args.covariate is not None and args.covariates is None:
         raise ConfigError(f"--covariate {args.covariate} needs --covariates, the file that has this column.")
+    if args.covariates is not None and args.covariate is None:
+        raise ConfigError(f"--covariates {args.covariates} needs --covariate, the name of a column.")
     if args.task != "1:N" and args.rule not in PAIR_RULES:
         raise ConfigError(f"--rule {args.rule} is about searches; --task {args.task} has {', '.join(PAIR_RULES)}.")
+    args.far, args.fpir = args.far or rates(_FARS), args.fpir or rates(_FPIRS)
+    args.candidates = args.candidates or _CANDIDATES
 
 
 def _lists(args: argparse.Namespace, name: "IjbName") -> "tuple[tuple[TemplateList, ...], list[Path]]":
@@ -178,8 +182,8 @@ def _verify(
     from retrieval.details import pair_details
     from retrieval.metrics import evaluate_pairs, pair_scores
     from retrieval.protocols import ijb_covariates
-    from retrieval.protocols.ijb import COUNTS, read_ijb_pairs, subjects_of_pairs
-    from retrieval.results import verification_record
+    from retrieval.protocols.ijb import COUNTS, covariate_codes, read_ijb_pairs, subjects_of_pairs
+    from retrieval.results import pair_strata_records, verification_record
 
     path = _pairs_path(args)
     if lists or args.task == "covariates":
@@ -202,38 +206,17 @@ def _verify(
     parts["metrics"] |= frozen(args, genuine=result.genuine, impostor=result.impostor)
     files = [path]
     if args.covariates is not None:
-        parts["conditions"] = _strata(args, np.asarray(samples.template_ids), pairs, scores, result)
+        names, of_template = covariate_codes(
+            args.covariates, args.covariate, np.asarray(samples.template_ids), used=pairs.first
+        )
+        strata = names, of_template[pairs.first]
+        parts["conditions"] = pair_strata_records(
+            result, scores, pairs.same, strata, args.covariate, far_labels=args.far
+        )
         files.append(args.covariates)
     counts = ijb_covariates.COUNTS if args.task == "covariates" else COUNTS
     expected = counts[name] if args.pairs is None else {}
     return _Found(parts, expected, files, pair_details(scores, pairs.same, sides), scores)
-
-
-def _strata(
-    args: argparse.Namespace, template_ids: Any, pairs: "IjbPairs", scores: Any, result: "VerificationResult"
-) -> dict[str, Any]:
-    """TAR and FMR by a covariate of the first side at every FAR, with the threshold of all pairs."""
-    from retrieval.protocols.ijb import covariate_codes
-    from retrieval.results import metric
-
-    if args.covariate is None:
-        raise DataError(f"--covariates {args.covariates} needs --covariate, the name of a column.")
-    from retrieval.metrics import rates_by_stratum
-
-    names, of_template = covariate_codes(args.covariates, args.covariate, template_ids, used=pairs.first)
-    codes = of_template[pairs.first]
-    conditions: dict[str, Any] = {}
-    for kind, count, chosen in (("tar", "genuine", pairs.same), ("fmr", "impostor", ~pairs.same)):
-        own_scores, own_codes = scores[chosen], codes[chosen]
-        for label, point in zip(args.far, result.points, strict=True):
-            if point.point is None:
-                continue
-            for stratum, total, value, interval in rates_by_stratum(own_scores, own_codes, names, point.point):
-                key = f"{args.covariate}={stratum}"
-                entry = conditions.setdefault(key, {"counts": {}, "metrics": {}, "curves": {}})
-                entry["counts"][count] = total
-                entry["metrics"][f"{kind}@far={label}"] = metric(value, interval=interval, threshold_of="all pairs")
-    return conditions
 
 
 def _search(

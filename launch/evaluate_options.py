@@ -72,20 +72,21 @@ def counts(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-def refuse_options(args: argparse.Namespace, names: Sequence[str]) -> None:
+def refuse_options(args: argparse.Namespace, used_by: Mapping[str, Sequence[str]]) -> None:
     """Refuse options that the chosen --task does not use.
 
     Args:
         args: parsed, with `task`.
-        names: of the options, as attributes; each is None or False unless it was given.
+        used_by: option, as an attribute that is None or False unless it was given -> the tasks that use it.
 
     Raises:
-        ConfigError: one of them was given.
+        ConfigError: another task was chosen.
     """
-    for name in names:
-        if getattr(args, name) not in (None, False):
+    for name, tasks in used_by.items():
+        if args.task not in tasks and getattr(args, name) not in (None, False):
             raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect on --task {args.task}; leave it out, or choose another task."
+                f"--{name.replace('_', '-')} has no effect on --task {args.task}, it belongs to --task "
+                f"{' and '.join(tasks)}; leave it out, or choose another task."
             )
 
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 #: Parts of the record, metadata of the model, files, and more for `finish`.
 _Found = tuple[dict[str, Any], Any, tuple[Path, ...], dict[str, Any]]
 _FARS = "0.3,0.1,0.01,0.001"
+#: Options that one of the tasks uses.
+_USED_BY = {
+    "save_scores": ("verification",),
+    **dict.fromkeys(("save_candidates", "image_gallery", "resamples"), ("identification",)),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
-    unused = {"identification": ("save_scores",), "verification": ("save_candidates", "image_gallery", "resamples")}
-    refuse_options(args, unused[args.task])
+    refuse_options(args, _USED_BY)
     with ExitStack() as stack:
         collection = open_collection(args, stack)
         evaluate = _identify if args.task == "identification" else _verify

@@ -150,8 +150,10 @@ def _add_verification(
     parts["counts"] |= {name: found["counts"][name] for name in ("genuine", "impostor", "fte_pairs")}
     parts["warnings"] += found["warnings"]
     if condition is not None:
+        names, codes = np.unique(condition, return_inverse=True)
+        strata = names.tolist(), codes[compared.probe]
         by_condition = pair_strata_records(
-            result, compared.scores, compared.same, condition[compared.probe], args.condition, far_labels=args.far
+            result, compared.scores, compared.same, strata, args.condition, far_labels=args.far
         )
         for name, block in by_condition.items():
             for part in ("counts", "metrics"):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 from collections.abc import Callable, Mapping
 
 __all__ = ["Table", "declare", "run_chosen"]
@@ -29,13 +30,30 @@ def declare(parser: argparse.ArgumentParser, table: Table, *, what: str) -> None
 
 def run_chosen(args: argparse.Namespace, table: Table, *, command: str) -> int:
     """Parse the rest with the options of the chosen entry and run it."""
-    module = importlib.import_module(table[args.entry][0])
+    run: Callable[[argparse.Namespace], int] = importlib.import_module(table[args.entry][0]).run
+    parser = _parser_of(args.entry, table, command)
+    chosen, unknown = parser.parse_known_args(args.rest, argparse.Namespace(entry=args.entry))
+    if unknown:
+        hints = (_belongs_to(word.partition("=")[0], table, command) for word in unknown if word.startswith("--"))
+        parser.error("".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+    return run(chosen)
+
+
+def _parser_of(entry: str, table: Table, command: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(table[entry][0])
     add_arguments: Callable[[argparse.ArgumentParser], None] = module.add_arguments
-    run: Callable[[argparse.Namespace], int] = module.run
     parser = argparse.ArgumentParser(
-        prog=f"aroface {command} {args.entry}",
+        prog=f"aroface {command} {entry}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    return run(parser.parse_args(args.rest, argparse.Namespace(entry=args.entry)))
+    return parser
+
+
+def _belongs_to(option: str, table: Table, command: str) -> str:
+    """Which entries have this option, for the person who gave it to another one."""
+    owners = [
+        entry for entry in table if option in re.findall(r"--[\w-]+", _parser_of(entry, table, command).format_usage())
+    ]
+    return f"; {option} belongs to {', '.join(owners)}" if owners else ""

@@ -9,18 +9,16 @@ Whoever is free takes the next part that nobody works on, so uneven work and slo
 is killed loses the part in hand only. A part is written whole or not at all.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aroface.errors import DataError
 from aroface.files import read_json, write_json
+from aroface.locks import try_lock
 from retrieval.embedding_files import INDEX_NAME, write_embeddings, write_index
 from retrieval.embeddings import EmbeddingSet
 
@@ -93,8 +91,8 @@ class PartedExtraction:
                 raise DataError(f"{self._folder} holds {strangers[0]} and no {_JOB_NAME}; name an empty folder.")
         (self._folder / _PARTS).mkdir(parents=True, exist_ok=True)
         while not path.is_file():
-            with _lock(self._folder / _PARTS / "job.lock") as is_mine:
-                if is_mine and not path.is_file():
+            with try_lock(self._folder / _PARTS / "job.lock") as lock:
+                if lock.is_mine and not path.is_file():
                     write_json(path, self._job)
         found = read_json(path)
         differing = [key for key in (*self._job, *found) if found.get(key) != self._job.get(key)]
@@ -139,16 +137,16 @@ class PartedExtraction:
 
     def _try(self, number: int, embed: Callable[[int, int], EmbeddingSet]) -> int:
         """Make one part unless another process is at it or has finished it; how many parts were made."""
-        with _lock(self._path(number).with_suffix(".lock")) as is_mine:
-            if not is_mine or self._path(number).is_file():
+        with try_lock(self._path(number).with_suffix(".lock")) as lock:
+            if not lock.is_mine or self._path(number).is_file():
                 return 0
             write_embeddings(self._path(number), embed(*self._bounds[number]))
             return 1
 
     def _finish(self) -> None:
         """Write the index, unless another process is about to."""
-        with _lock(self._folder / _PARTS / "index.lock") as is_mine:
-            if not is_mine or self.is_complete:
+        with try_lock(self._folder / _PARTS / "index.lock") as lock:
+            if not lock.is_mine or self.is_complete:
                 return
             write_index(self._folder, [f"{_PARTS}/{self._path(number).name}" for number in range(len(self._bounds))])
             for left_over in [*(self._folder / _PARTS).glob("*.lock"), *(self._folder / _PARTS).glob(".*.tmp")]:
@@ -156,25 +154,6 @@ class PartedExtraction:
 
     def _path(self, number: int) -> Path:
         return _part_path(self._folder, number)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Whether this process holds the lock meanwhile; the system frees it when a process is killed."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be locked ({error.strerror}): the file system has no locks. Write to another one."
-            ) from error
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def _short(value: Any) -> str:

@@ -175,7 +175,7 @@ def verification_record(
         result.accuracy,
         interval=None if result.accuracy is None else wilson(round(result.accuracy * total), total),
         reason=reason,
-        threshold=result.accuracy_threshold,
+        threshold=None if result.accuracy_threshold is None else _finite(result.accuracy_threshold),
         note="best threshold chosen on these pairs: optimistic",
     )
     weak = _weak_warnings("FAR", far_labels, result.points)
@@ -335,7 +335,7 @@ def pair_strata_records(
     result: VerificationResult,
     scores: NDArray[np.float32],
     same: NDArray[np.bool_],
-    strata: NDArray[Any],
+    strata: tuple[Sequence[Any], NDArray[np.integer[Any]]],
     column: str,
     *,
     far_labels: Sequence[str],
@@ -346,19 +346,18 @@ def pair_strata_records(
         result: of all pairs.
         scores: (P,) of the pairs.
         same: (P,) True for genuine.
-        strata: (P,) the covariate.
-        column: its name.
+        strata: values of the covariate, and (P,) the index into them of each pair.
+        column: name of the covariate.
         far_labels: how each rate is written.
     """
-    names, codes = np.unique(strata, return_inverse=True)
+    names, codes = strata
     found: dict[str, dict[str, Any]] = {}
     for kind, count, chosen in (("tar", "genuine", same), ("fmr", "impostor", ~same)):
+        own_scores, own_codes = scores[chosen], codes[chosen]
         for label, point in zip(far_labels, result.points, strict=True):
             if point.point is None:
                 continue
-            for stratum, total, value, ci in rates_by_stratum(
-                scores[chosen], codes[chosen], names.tolist(), point.point
-            ):
+            for stratum, total, value, ci in rates_by_stratum(own_scores, own_codes, names, point.point):
                 block = found.setdefault(f"{column}={stratum}", {"counts": {}, "metrics": {}, "curves": {}})
                 block["counts"][count] = total
                 block["metrics"][f"{kind}@far={label}"] = metric(value, interval=ci, threshold_of="all pairs")

@@ -17,7 +17,7 @@ from shards.pack import read_table
 from shards.sources import SourceOptions, detect_format, open_source
 from shards.sources.base import IMAGE_SUFFIXES
 
-__all__ = ["ImageFolder", "align_faces", "open_face_set", "shard_of_rows"]
+__all__ = ["ImageFolder", "align_faces", "aligned_when_packed", "open_face_set", "shard_of_rows"]
 
 
 def open_face_set(
@@ -64,6 +64,11 @@ def align_faces(faces: FaceSet, landmarks: Path) -> FaceSet:
 def shard_of_rows(faces: FaceSet) -> Sequence[int] | None:
     """(N,) number of the shard that holds each face; None where there are no shards."""
     return faces.shards if isinstance(faces, _ShardFaces) else None
+
+
+def aligned_when_packed(faces: FaceSet) -> str | None:
+    """The landmarks that faces in shards were cropped by when they were packed; None where nobody knows of any."""
+    return faces.manifest.aligned_by if isinstance(faces, _ShardFaces) else None
 
 
 def _is_flat(folder: Path) -> bool:
@@ -126,10 +131,11 @@ class _SourceFaces:
 class _ShardFaces:
     def __init__(self, directory: Path, *, is_sorted: bool) -> None:
         self._dataset = ShardDataset(directory, image_size=112)
+        self.manifest = self._dataset.manifest
         names = [identity.name for identity in read_identities(directory)]
         identities = [names[label] for label in self._dataset.labels().tolist()]
         keys = [self._dataset.member_name(sample) for sample in range(self._dataset.num_samples)]
-        sizes = [shard.samples for shard in self._dataset.manifest.shards]
+        sizes = [shard.samples for shard in self.manifest.shards]
         shards = np.repeat(np.arange(len(sizes)), sizes).tolist()
         self._samples = list(range(len(keys)))
         if is_sorted:

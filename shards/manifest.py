@@ -65,6 +65,7 @@ class Manifest(_Record):
     image_size: tuple[int, int] | None = Field(description="width and height in pixels; null when they differ")
     colour_order: Literal["rgb"] = "rgb"
     template: Literal["arcface_112"] = "arcface_112"
+    aligned_by: str | None = Field(None, description="landmarks that packing cropped by; null: stored as they came")
     source: str = Field(description="what the set was packed from")
     licence: str = Field(description="licence note of the images, as given when packing")
     skipped: int = Field(ge=0, description="unreadable images that were left out")

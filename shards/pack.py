@@ -5,13 +5,12 @@ the number of workers. While it runs, OUT/.packing holds the plan and one record
 the same plan continues there, one with another plan is refused. The manifest is written last.
 """
 
-import fcntl
 import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from aroface.files import read_json, write_csv, write_json
+from aroface.locks import try_lock
 from shards.duplicates import HASH_BYTES, Duplicates, find_duplicates, write_duplicates
 from shards.image_table import ImageTable, TableBuilder
 from shards.manifest import MANIFEST_NAME, Identity, Manifest, ShardEntry, write_identities
@@ -164,16 +164,28 @@ def _plan(paths: Sequence[Path], table: ImageTable, people: Sequence[str], optio
 
 @contextmanager
 def _only_packer(out: Path) -> Iterator[None]:
-    """Hold the lock of the output directory; the kernel drops it with the process."""
-    (out / _WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-    with (out / _WORK_FOLDER / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    """Hold the lock of the output directory; one that an error ends before its first piece of work leaves nothing."""
+    work = out / _WORK_FOLDER
+    absent = [folder for folder in (work, *work.parents) if not folder.exists()]
+    work.mkdir(parents=True, exist_ok=True)
+    with try_lock(work / "lock") as lock:
+        if not lock.is_mine:
             raise DataError(
-                f"Another process is packing into {out}; wait for it, or name another directory."
-            ) from error
-        yield
+                f"Another process is packing into {out} ({lock.holder}); wait for it, or name another directory."
+            )
+        try:
+            yield
+        except DataError:
+            if work in absent and not any(work.glob("shard-*")) and not any(work.glob("hashes-*")):
+                _remove(work, absent[1:])
+            raise
+
+
+def _remove(work: Path, parents: Sequence[Path]) -> None:
+    shutil.rmtree(work)
+    for folder in parents:
+        with suppress(OSError):  # somebody else has put something there meanwhile
+            folder.rmdir()
 
 
 def _adopt(out: Path, plan: dict[str, object]) -> None:
@@ -306,6 +318,7 @@ def _finish(
         source=source,
         licence=options.licence,
         template=options.template,
+        aligned_by=("given landmarks" if options.landmarks else "the list") if options.preparation.align else None,
         skipped=len(bad),
         identities_sha256=write_identities(out, identities),
         duplicates=found.num_surplus,

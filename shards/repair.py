@@ -81,6 +81,7 @@ def repair(directory: Path, out: Path, *, progress: Callable[[int, int], None] =
         num_samples=sum(entry.samples for entry in entries),
         num_classes=len(present),
         image_size=next(iter(sizes)) if len(sizes) == 1 else None,
+        aligned_by=old.aligned_by if old else None,
         source=old.source if old else directory.name,
         licence=old.licence if old else "unknown",
         skipped=(old.skipped if old else 0) + len(salvage.dropped),

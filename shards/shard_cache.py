@@ -1,15 +1,13 @@
 """Local copies of remote shards: whole, checked against the manifest, shared by all processes of a machine."""
 
-import fcntl
 import logging
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from aroface.errors import DataError
 from aroface.files import sha256_of
+from aroface.locks import try_lock
 from shards.manifest import IDENTITIES_NAME, MANIFEST_NAME, Manifest, read_manifest
 from shards.remote import RemoteFiles
 
@@ -37,7 +35,7 @@ class ShardCache:
     def __init__(self, files: RemoteFiles, folder: Path, *, limit_gib: float | None = None) -> None:
         self._files = files
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".opening.lock"):
+        with try_lock(folder / ".opening.lock", wait=True):
             incoming = folder / ".incoming"
             incoming.mkdir(exist_ok=True)
             files.download(MANIFEST_NAME, incoming / MANIFEST_NAME)
@@ -63,7 +61,7 @@ class ShardCache:
         """Make sure that a shard is there; waits for it."""
         entry = self.manifest.shards[shard]
         path = self.directory / entry.name
-        with _locked(self.directory / f".{entry.name}.lock"):
+        with try_lock(self.directory / f".{entry.name}.lock", wait=True):
             if path.is_file() and path.stat().st_size == entry.bytes:
                 path.touch()
                 return
@@ -97,10 +95,3 @@ class ShardCache:
             oldest = tars.pop(0)
             used -= oldest.stat().st_size
             oldest.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

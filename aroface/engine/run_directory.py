@@ -1,7 +1,8 @@
 """A run directory: one configuration, its checkpoints and its metrics. Which checkpoint a run continues from."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,14 @@ from aroface.config.load import parse_config, read_yaml
 from aroface.engine.checkpoint import git_commit, versions
 from aroface.engine.checkpoint_layout import list_checkpoints, newest_valid, read_training_state, resolve_checkpoint
 from aroface.errors import CheckpointError, ConfigError
-from aroface.files import atomic_path, write_json
+from aroface.files import atomic_path, write_json, writing
+from aroface.locks import NoLocksError, try_lock
 
-__all__ = ["CONFIG_FILE", "DEEPSPEED_FILE", "choose_checkpoint", "record_run"]
+__all__ = ["CONFIG_FILE", "DEEPSPEED_FILE", "LOCK_FILE", "choose_checkpoint", "hold_run", "record_run"]
 
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
+LOCK_FILE = ".lock"
 #: Sections that may change between a run and its continuation, because they do not change the result.
 _FREE_SECTIONS = frozenset({"engine", "checkpoint", "log", "evaluate"})
 _BOUND_KEYS = frozenset({"engine.precision", "engine.batch_norm"})
@@ -30,7 +33,8 @@ def choose_checkpoint(run: Path, config: TrainConfig, resume: Literal["auto", "n
 
     Raises:
         CheckpointError: `never` on a directory that holds a run, a path without a checkpoint, only damaged checkpoints,
-            weights without a run, a run of another configuration, or one that is ahead of the checkpoint at the path.
+            weights without a run, a run of another configuration, or one that is ahead of the checkpoint at the path;
+            another job is at work there.
     """
     if resume == "never":
         if run.exists() and any(run.iterdir()):
@@ -38,6 +42,9 @@ def choose_checkpoint(run: Path, config: TrainConfig, resume: Literal["auto", "n
                 f"{run} is not empty and --resume never starts afresh. Name another --run, or remove it."
             )
         return None
+    if (run / LOCK_FILE).is_file():  # told before minutes go into setting up; `hold_run` is what keeps jobs apart
+        with hold_run(run):
+            pass
     if (run / CONFIG_FILE).is_file():
         _check_same(run / CONFIG_FILE, config)
     if isinstance(resume, Path):
@@ -53,6 +60,32 @@ def choose_checkpoint(run: Path, config: TrainConfig, resume: Literal["auto", "n
     if found is None and (run / CONFIG_FILE).is_file():
         logger.info("%s holds no checkpoint yet; starting from the first step.", run)
     return found
+
+
+@contextmanager
+def hold_run(run: Path) -> Iterator[None]:
+    """Keep other jobs from writing to a run directory meanwhile; it is made where it is missing. Rank 0 only.
+
+    Where the file system has no locks this is a warning: then it is up to the user to start one job at a time.
+
+    Raises:
+        CheckpointError: another job is at work there.
+        ArofaceError: nothing can be written there.
+    """
+    with ExitStack() as stack:
+        try:
+            with writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(try_lock(run / LOCK_FILE))
+        except NoLocksError:
+            logger.warning("%s lies on a file system without locks: see to it that no second job runs there.", run)
+        else:
+            if not lock.is_mine:
+                raise CheckpointError(
+                    f"{run} is in use by {lock.holder}. Wait for that job or end it, or name another directory: two "
+                    "jobs in one would remove each other's checkpoints."
+                )
+        yield
 
 
 def record_run(run: Path, config: TrainConfig, *, deepspeed: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:

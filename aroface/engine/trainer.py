@@ -30,7 +30,7 @@ from aroface.engine.checkpoint import (
     restore_optimizers,
     take_snapshot,
 )
-from aroface.engine.checkpoint_layout import STATE_FILE, read_state, remove_torn
+from aroface.engine.checkpoint_layout import STATE_FILE, list_checkpoints, read_state, remove_torn
 from aroface.engine.compiled import warm_up
 from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
 from aroface.engine.evaluation import PeriodicEvaluation
@@ -38,7 +38,7 @@ from aroface.engine.joint_update import JointUpdate, NonFiniteError
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
 from aroface.engine.peers import LostRanksError, lost_while_training, start_up_faults
 from aroface.engine.prefetch import on_device
-from aroface.engine.run_directory import choose_checkpoint, record_run
+from aroface.engine.run_directory import choose_checkpoint, hold_run, record_run
 from aroface.engine.saver import CheckpointSaver
 from aroface.engine.schedule import accumulation_steps, learning_rate, total_steps
 from aroface.engine.seeding import derive_seed
@@ -108,6 +108,7 @@ class Trainer:
         self._micro_batch = config.batch.global_batch // (self._accumulation * self._world)
         self.total_steps = total_steps(config, data.num_samples)
         self._overrides = tuple(overrides)
+        self._seen = list_checkpoints(run)
         directory = from_first_rank(lambda: choose_checkpoint(run, config, resume))
         _check_seen(directory)
         self._build(directory)
@@ -190,8 +191,23 @@ class Trainer:
 
         Raises:
             ArofaceError: loss or gradient is not finite on some rank, and nothing of that step was applied; a save
-                failed; another rank is gone or hangs.
+                failed; another rank is gone or hangs; another job is at work in the run directory.
         """
+        with ExitStack() as stack:
+            with start_up_faults():
+                from_first_rank(lambda: self._claim(stack))
+            return self._train()
+
+    def _claim(self, stack: ExitStack) -> None:
+        """Keep other jobs out until `stack` ends; what one of them did since this one looked is not continued."""
+        stack.enter_context(hold_run(self._run))
+        if list_checkpoints(self._run) != self._seen:
+            raise CheckpointError(
+                f"The checkpoints in {self._run} changed while this job was set up: another job wrote there. Give the "
+                "same command again to continue from where it ended."
+            )
+
+    def _train(self) -> TrainingResult:
         config = self.config
         log = None
         if self._rank == 0:

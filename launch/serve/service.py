@@ -180,9 +180,8 @@ class FaceService:
         from retrieval.gallery import GalleryBusyError
 
         with self._writer:
-            before = self._gallery.latest()  # another process may have added or removed
             try:
-                self._gallery = before.remove(
+                self._gallery, removed = self._gallery.remove_counted(
                     entry_ids=[] if entry_id is None else [entry_id],
                     subject_ids=[] if subject_id is None else [subject_id],
                 )
@@ -190,7 +189,7 @@ class FaceService:
                 raise ConflictError(str(error)) from error
             except DataError as error:
                 raise NotEnrolledError(str(error)) from error
-            return len(before) - len(self._gallery)
+            return removed
 
     def close(self) -> None:
         """Answer what waits, then stop."""

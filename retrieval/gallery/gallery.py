@@ -235,10 +235,14 @@ class Gallery(FaceGallery):
 
     def remove(self, *, entry_ids: Collection[str] = (), subject_ids: Collection[str] = ()) -> Self:
         """See `FaceGallery.remove`. The embeddings leave the disk at once; codes in an index, with `compact`."""
+        return self.remove_counted(entry_ids=entry_ids, subject_ids=subject_ids)[0]
+
+    def remove_counted(self, *, entry_ids: Collection[str] = (), subject_ids: Collection[str] = ()) -> tuple[Self, int]:
+        """As `remove`; also how many entries went, whatever other writers did just before or after."""
         with write_lock(self.directory):
             old = self.latest()
             drop = enrolled_rows(self.directory, old.entries, entry_ids, subject_ids)
-            return old._changed(drop=drop) if drop.any() else old
+            return old._changed(drop=drop) if drop.any() else old, int(drop.sum())
 
     def compact(self, index: IndexKind | IndexWish | None = None) -> Self:
         """Put small segments together and make the index anew, with everything enrolled and nothing else in it.
@@ -312,9 +316,7 @@ class Gallery(FaceGallery):
         return Rows([segment.embeddings for segment in self._segments], self.manifest.dimension)
 
     def _source(self, level: Level) -> Source:
-        if level == "pooled":
-            return self._pooled
-        return self._searched
+        return self._pooled if level == "pooled" else self._searched
 
     @cached_property
     def _pooled(self) -> PooledSource:
@@ -322,14 +324,12 @@ class Gallery(FaceGallery):
 
     @cached_property
     def _searched(self) -> Source:
-        record, index = self.manifest.index_record, self._index
+        record, index, rows = self.manifest.index_record, self._index, self._rows
         until = record.until if record else self.manifest.next_number
         if self._devices:
-            index = on_devices(self.manifest.index, index, self._rows, self.entries.numbers, self._devices)
+            index = on_devices(self.manifest.index, index, rows, self.entries.numbers, self._devices)
             until = self.manifest.next_number if self.manifest.index in ("flat", "fp16") else until
-        if index is None:
-            return FlatSource(self._rows, self.entries)
-        return IndexedSource(self._rows, self.entries, index, until)
+        return FlatSource(rows, self.entries) if index is None else IndexedSource(rows, self.entries, index, until)
 
     def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
         with write_lock(self.directory):

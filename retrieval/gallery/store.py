@@ -14,10 +14,8 @@ the new state; what else it leaves behind is removed by the next writer. Readers
 they opened, and start over when a writer replaced the manifest meanwhile.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aroface.contract import InputContract
 from aroface.errors import DataError
 from aroface.files import read_json, sha256_of, write_json
+from aroface.locks import try_lock
 from retrieval.gallery.records import Calibration, IndexKind, Recall
 
 __all__ = [
@@ -158,18 +157,12 @@ def write_lock(directory: Path) -> Iterator[None]:
     Raises:
         GalleryBusyError: another process is changing the gallery.
     """
-    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise GalleryBusyError(
-            f"Gallery {directory} is being changed by another process; try again when it is done."
-        ) from error
-    try:
+    with try_lock(directory / _LOCK_NAME) as lock:
+        if not lock.is_mine:
+            raise GalleryBusyError(
+                f"Gallery {directory} is being changed by another process ({lock.holder}); try again when it is done."
+            )
         yield
-    finally:
-        os.close(descriptor)
 
 
 def replace_manifest(directory: Path, manifest: Manifest) -> None:

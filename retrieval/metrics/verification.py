@@ -4,6 +4,7 @@ Legend: G genuine pairs, I impostor pairs, P pairs in all. A comparison that cou
 impostor pair is then a true reject, a genuine pair a false reject.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -282,7 +283,8 @@ def area_under_roc(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
 def best_accuracy(genuine: NDArray[Any], impostor: NDArray[Any], *, is_sorted: bool = False) -> tuple[float, float]:
     """Largest share of right decisions `score > t`, and the first such threshold among the scores.
 
-    Only thresholds just below a genuine score can be best: the largest score of any kind below it.
+    Only thresholds just below a genuine score can be best: the largest score of any kind below it. -inf, which accepts
+    every comparison that could be made, is the answer where it is better than all of these.
 
     Args:
         genuine: (G,) scores.
@@ -300,7 +302,11 @@ def best_accuracy(genuine: NDArray[Any], impostor: NDArray[Any], *, is_sorted: b
     true = len(genuine) - np.searchsorted(np.sort(genuine), thresholds, side="right")
     rejected = np.searchsorted(other, thresholds, side="right")
     best = int(np.argmax(true + rejected))
-    return float((true[best] + rejected[best]) / (len(genuine) + len(other))), float(thresholds[best])
+    right, threshold = int(true[best] + rejected[best]), float(thresholds[best])
+    right_of_all = int((genuine > -np.inf).sum() + np.searchsorted(other, -np.inf, side="right"))
+    if right_of_all > right:
+        right, threshold = right_of_all, -math.inf
+    return right / (len(genuine) + len(other)), threshold
 
 
 def det_curve(

@@ -23,6 +23,8 @@ __all__ = ["COUNTS", "EXPERIMENTS", "Experiment", "IjbsTemplates", "read_ijbs"]
 _SAMPLE = re.compile(
     r"(?:^|/)(?P<subject>[^/]+)/(?:videos_(?P<video>[^_/]+)_(?P<frame>[^/]+)|img_(?P<image>[^/]+))\.\w+$"
 )
+#: Words without a digit, a dot or a slash: no file of the release is called so.
+_COLUMN_NAME = re.compile(r"(?!(?:videos|img)$)[A-Za-z]+(?:[ _-][A-Za-z]+)*")
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,11 @@ def read_ijbs(folder: Path, experiment: str, keys: Iterable[str], *, all_videos:
     )
 
 
-def _media(file_name: str, path: Path) -> str:
+def _media(file_name: str, where: Path | str) -> str:
     """`videos/5004` or `img/101146` from a file name of the protocol."""
     pure = PurePosixPath(file_name)
     if len(pure.parts) < 2 or pure.parts[-2] not in ("videos", "img"):
-        raise DataError(f"{path}: {file_name!r} is neither videos/NAME nor img/NAME.")
+        raise DataError(f"{where}: {file_name!r} is neither videos/NAME nor img/NAME.")
     return f"{pure.parts[-2]}/{pure.stem}"
 
 
@@ -127,13 +129,7 @@ def _shown(metadata: Path) -> list[tuple[str, str]]:
 def _probes(
     shown: Sequence[tuple[str, str]], metadata: Path, listed: Path, *, multi_view: bool, all_videos: bool
 ) -> list[_Template]:
-    lines = read_lines(listed)
-    names = [line.split(",")[0].strip() for line in lines]
-    if names and not names[0].startswith(("videos/", "img/")):
-        names = names[1:]  # the header
-    wanted = {_media(name, listed) for name in names}
-    if not wanted:
-        raise DataError(f"{listed} lists no probe.")
+    wanted = _listed(listed)
     media: dict[str, set[str]] = defaultdict(set)
     for subject, found in shown:
         if found in wanted or (all_videos and multi_view and found.startswith("videos/")):
@@ -143,6 +139,15 @@ def _probes(
     if multi_view:
         return [(subject, tuple(sorted(media[subject]))) for subject in sorted(media)]
     return [(subject, (name,)) for subject in sorted(media) for name in sorted(media[subject])]
+
+
+def _listed(path: Path) -> set[str]:
+    """The media of a list with one file name a line; its first line may be the name of the column."""
+    names = [line.split(",")[0].strip() for line in read_lines(path)]
+    start = 1 if names and _COLUMN_NAME.fullmatch(names[0]) else 0
+    if start == len(names):
+        raise DataError(f"{path} lists no probe.")
+    return {_media(name, f"{path}, line {number}") for number, name in enumerate(names[start:], start=start + 1)}
 
 
 def _check_disjoint(

@@ -213,6 +213,7 @@ class Stream:
     """In the place of a CUDA stream."""
 
     handle = 0
+    device = "cpu"
 
     def synchronize(self) -> None:
         pass

@@ -145,6 +145,14 @@ def test_shards_have_a_part_each_and_an_evaluation_reads_the_folder(place: Path,
         "part-00000.npz",
         "part-00001.npz",
     ]
+    assert "aligned_by" not in read_embeddings(tmp_path / "all.npz").metadata
+    points = ",".join(f"{value:.2f}" for value in np.asarray(ARCFACE_TEMPLATE_112).ravel())
+    listed = "".join(f"{'ab'[number % 2]}/{number}.jpg,{points}\n" for number in range(6))
+    (tmp_path / "points.csv").write_text(f"key,{','.join(f'p{i}' for i in range(10))}\n{listed}")
+    pack = ["pack", str(tmp_path / "faces"), "--align", "--landmarks", str(tmp_path / "points.csv")]
+    assert main([*pack, str(tmp_path / "aligned")]) == 0
+    assert main([*embed, str(tmp_path / "aligned"), "--out", str(tmp_path / "aligned.npz")]) == 0
+    assert read_embeddings(tmp_path / "aligned.npz").metadata["aligned_by"] == "given landmarks, when packed"
     results = []
     for name in ("parts", "all.npz"):
         out = tmp_path / f"{name}.json"
@@ -171,5 +179,6 @@ def test_a_flat_folder_is_aligned_by_the_landmarks_of_ijb(place: Path, tmp_path:
     found = read_embeddings(tmp_path / "e.npz")
     expected = load_embedder(place / "run").embed(np.stack([resize_face(face, IMAGE_SIZE) for face in faces]))
     np.testing.assert_allclose(found.embeddings, expected, rtol=1e-3, atol=1e-3)
+    assert found.metadata["aligned_by"] == "points.txt"
     (tmp_path / "points.txt").write_text(lines[0])
     assert main([*command, "--landmarks", str(tmp_path / "points.txt")]) == 2

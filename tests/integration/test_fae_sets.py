@@ -195,6 +195,14 @@ def test_ijbc_from_loose_crops(tmp_path: Path, task: str) -> None:
         assert (record["counts"]["genuine"], record["counts"]["impostor"]) == (16, 112)
 
 
+def test_a_list_of_pairs_has_no_fpir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, people = write_ijb(tmp_path / "meta")
+    write_images(tmp_path / "faces", keys, people)
+    source = ["--on", "ijbc", "--lists", tmp_path / "meta", "--faces", tmp_path / "faces", "--out", tmp_path / "r.json"]
+    assert main(list(map(str, ["evaluate", "fae", "--model", "m", *source, "--fpir", "0.1"]))) == 2
+    assert "--fpir 0.1 belongs to sets that are searched (1:N), and ijbc-11 is a list" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("short")
 def test_the_template_is_recorded_only_where_landmarks_aligned_the_images_here(tmp_path: Path) -> None:
     keys, people = write_ijb(tmp_path / "meta")

@@ -28,9 +28,17 @@ from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluat
         (["--rule", "argsort_rev"], "--rule argsort_rev is about searches"),
         (["--save-candidates", "c.csv"], "--save-candidates has no effect on --task 1:1"),
         (["--covariate", "YAW"], "--covariate YAW needs --covariates"),
+        (["--covariates", "c.csv"], "--covariates c.csv needs --covariate, the name of a column"),
         (["--task", "1:N", "--save-scores", "s.npy"], "--save-scores has no effect on --task 1:N"),
         (["--task", "1:N", "--pairs", "p.txt"], "--pairs has no effect on --task 1:N"),
         (["--task", "1:N", "--covariates", "c.csv"], "--covariates has no effect on --task 1:N"),
+        (
+            ["--task", "1:N", "--far", "0.1"],
+            "--far has no effect on --task 1:N, it belongs to --task 1:1 and covariates",
+        ),
+        (["--fpir", "0.1"], "--fpir has no effect on --task 1:1, it belongs to --task 1:N; leave it out"),
+        (["--task", "covariates", "--fpir", "0.1"], "--fpir has no effect on --task covariates, it belongs to --task"),
+        (["--candidates", "5"], "--candidates has no effect on --task 1:1"),
     ],
 )
 def test_ijb_refuses_what_its_task_does_not_use(
@@ -61,6 +69,39 @@ def test_survface_refuses_what_its_task_does_not_use(
     source = ["--root", tmp_path / "lists", "--embeddings", file, "--out", tmp_path / "r.json"]
     assert main(list(map(str, ["evaluate", "survface", "--task", task, *source, *options]))) == 2
     assert f"{options[0]} has no effect on --task {task}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["identification", "--gallery", "g", "--probes", "p", "--far", "1e-3"],
+            "--far belongs to verification, lfw, ",
+        ),
+        (["tinyface", "--lists", "t", "--embeddings", "e", "--far=1e-3"], "--far belongs to verification, lfw, "),
+        (["lfw", "--bin", "lfw.bin", "--embeddings", "e", "--fpir", "0.1"], "--fpir belongs to identification, ijbb, "),
+        (["verification", "--embeddings", "e", "--pairs", "p", "--fpr", "0.1"], "unrecognized arguments: --fpr 0.1\n"),
+    ],
+)
+def test_an_option_of_other_protocols_tells_which(
+    capsys: pytest.CaptureFixture[str], command: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *command, "--out", "r.json"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_comparison_of_searches_has_no_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, people = write_ijb(tmp_path / "meta")
+    file = write_keyed(tmp_path / "e.npz", keys, embeddings_of(people))
+    source = ["--meta", tmp_path / "meta", "--embeddings", file, "--resamples", 0]
+    for task in ("1:N", "1:1"):
+        evaluate(tmp_path, "ijbc", "--task", task, *source, "--details", tmp_path / f"{task}.npz")
+    command = ["evaluate", "compare", "--far", "0.1", "--resamples", "10", "--out", str(tmp_path / "c.json")]
+    assert main([*command, *[str(tmp_path / "1:N.npz")] * 2]) == 2
+    assert "--far 0.1 belongs to pairs (1:1)" in capsys.readouterr().err
+    assert main([*command, *[str(tmp_path / "1:1.npz")] * 2]) == 0
 
 
 @pytest.mark.parametrize("option", ["--far", "--fpir"])

@@ -1,5 +1,7 @@
 """Pooling, flip fusion and uncertainty against their definitions, whatever the pieces they come in."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from retrieval.metrics.rules import RULES, accepts, operating_point, operating_p
 from retrieval.metrics.search import rank_scores
 from retrieval.metrics.verification import area_under_roc, best_accuracy, pair_scores
 from retrieval.probabilistic import mutual_likelihood, precision_weighted
+from retrieval.results import verification_record
 from retrieval.templates import Pooling, TemplateSums
 from tests.numerics.test_protocol_vectors import VECTORS
 
@@ -130,16 +133,29 @@ def test_scattered_and_crowded_pairs_score_alike():
 
 
 def test_best_accuracy_and_area_equal_brute_force():
-    generator = np.random.default_rng(8)
-    for _ in range(1000):
+    generator, accepted = np.random.default_rng(8), 0
+    for trial in range(1000):
         genuine = (generator.integers(-2, 6, generator.integers(1, 9)) / 4).astype(np.float32)
         impostor = (generator.integers(-4, 4, generator.integers(1, 9)) / 4).astype(np.float32)
-        thresholds = np.unique(np.concatenate([genuine, impostor]))
+        if trial % 4 == 0:  # comparisons that could not be made
+            genuine[generator.random(len(genuine)) < 0.2] = -np.inf
+            impostor[generator.random(len(impostor)) < 0.2] = -np.inf
+        thresholds = np.append(np.unique(np.concatenate([genuine, impostor])), -np.inf)
         shares = [((genuine > t).sum() + (impostor <= t).sum()) / (len(genuine) + len(impostor)) for t in thresholds]
         best, threshold = best_accuracy(genuine, impostor)
         assert (best, threshold) == (max(shares), thresholds[int(np.argmax(shares))])
+        accepted += threshold == -np.inf
         pairs = (genuine[:, None] > impostor) + 0.5 * (genuine[:, None] == impostor)
         assert area_under_roc(genuine, impostor) == pytest.approx(pairs.mean())
+    assert 10 < accepted < 500
+
+
+def test_a_best_threshold_that_accepts_everything_is_a_record_too():
+    scores = np.array([0.2, 0.4, 0.5, 0.6, 0.9], np.float32)  # one impostor, above all genuine pairs
+    result = evaluate_pairs(scores, np.array([True] * 4 + [False]), fars=(0.5,), resamples=0)
+    assert (result.accuracy, result.accuracy_threshold) == (0.8, -np.inf)
+    entry = json.loads(json.dumps(verification_record(result, far_labels=["0.5"]), allow_nan=False))["metrics"]
+    assert (entry["accuracy"]["value"], entry["accuracy"]["threshold"]) == (0.8, None)
 
 
 @pytest.mark.parametrize("rule", ["canonical", "nearest", "pfe_int", "pfe_round", "ijb_evals"])

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from aroface.contract import InputContract
 from aroface.engine.checkpoint_layout import BACKBONE_FILE, STATE_FILE, finish_checkpoint, start_checkpoint
 from aroface.errors import CheckpointError, ShapeError
-from aroface.inference import TorchEmbedder, _own_device, load_embedder, load_model, untrained_model
+from aroface.inference import TorchEmbedder, load_embedder, load_model, untrained_model
 from aroface.preprocess import normalise
 from tests.helpers.checkpoints import IMAGE_SIZE, tiny_model, write_checkpoint
 
@@ -122,26 +122,3 @@ def test_a_state_that_does_not_describe_the_model_is_refused(tmp_path: Path, cha
     finish_checkpoint(bad, tmp_path / "bad", 1)
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path / "bad")
-
-
-@pytest.mark.parametrize(
-    ("ranks", "device"),
-    [
-        ({}, "cuda:0"),
-        ({"LOCAL_RANK": "3"}, "cuda:3"),
-        ({"SLURM_LOCALID": "5"}, "cuda:1"),
-        ({"LOCAL_RANK": ""}, "cuda:0"),
-    ],
-)
-def test_a_rank_takes_the_gpu_of_its_number(
-    monkeypatch: pytest.MonkeyPatch, ranks: dict[str, str], device: str
-) -> None:
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert _own_device() == device
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _own_device() == "cpu"

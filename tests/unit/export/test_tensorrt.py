@@ -48,7 +48,6 @@ def graph(precision: str = "fp32") -> onnx.ModelProto:
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT and a GPU, as far as our code can see."""
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
-    monkeypatch.setattr(export.tensorrt_runtime, "_DEVICE", "cpu")
     monkeypatch.setattr(export.tensorrt_runtime, "_new_stream", stand_in.Stream)
     for module in (export.to_tensorrt, export.tensorrt_runtime):
         monkeypatch.setattr(module, "require_tensorrt", lambda: GPU)
@@ -288,9 +287,9 @@ def test_the_program_of_the_probe_uses_no_names_but_those_of_the_bindings(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="Stand-in 1", major=9, minor=0)
-    )
+    names = {2: SimpleNamespace(name="Stand-in 1", major=9, minor=0)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", names.__getitem__)
+    monkeypatch.setattr(sys, "argv", ["-c", "2"])
     exec(export.tensorrt_probe._PROGRAM, {})  # noqa: S102 - the program itself
     state = json.loads(capsys.readouterr().out)
     assert state["tensorrt_version"] == stand_in.__version__

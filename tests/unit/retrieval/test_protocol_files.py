@@ -191,6 +191,31 @@ def test_unusable_ijbs_files(tmp_path: Path, name: str, change: Callable[[str], 
     assert message in str(error.value)
 
 
+IJBS_PROBES = "cs6_surveillance_to_single-booking_probe.csv"
+
+
+@pytest.mark.parametrize("first", ["video/11.mp4", "11.mp4", "5004", "videos", "videos11.mp4", "videos/11.mp4/x", ",y"])
+def test_a_malformed_first_probe_of_ijbs_is_no_header(tmp_path: Path, first: str) -> None:
+    keys, _ = write_ijbs(tmp_path / "cs6")
+    path = tmp_path / "cs6" / IJBS_PROBES
+    path.write_text(path.read_text().replace("FILENAME", first))
+    with pytest.raises(DataError, match=rf"{IJBS_PROBES}, line 1: .* is neither videos/NAME nor img/NAME"):
+        read_ijbs(tmp_path / "cs6", "surveillance_to_single", keys)
+
+
+@pytest.mark.parametrize("header", ["FILENAME\n", "filename,x\n", "\ufeffVIDEO_NAME\r\n", "file name\n", ""])
+def test_the_name_of_the_column_is_no_probe_of_ijbs(tmp_path: Path, header: str) -> None:
+    keys, _ = write_ijbs(tmp_path / "cs6")
+    path = tmp_path / "cs6" / IJBS_PROBES
+    expected = read_ijbs(tmp_path / "cs6", "surveillance_to_single", keys).probes
+    path.write_text(path.read_text().replace("FILENAME\n", header))
+    assert read_ijbs(tmp_path / "cs6", "surveillance_to_single", keys).probes == expected
+    path.write_text(path.read_text() + "FILENAME\n")  # anywhere else it is no header
+    line = len(path.read_text().splitlines())
+    with pytest.raises(DataError, match=rf"{IJBS_PROBES}, line {line}: 'FILENAME' is neither"):
+        read_ijbs(tmp_path / "cs6", "surveillance_to_single", keys)
+
+
 def test_ijbs_templates_do_not_depend_on_the_order_of_samples(tmp_path: Path) -> None:
     keys, _ = write_ijbs(tmp_path / "cs6")
     one = read_ijbs(tmp_path / "cs6", "surveillance_to_booking", keys)

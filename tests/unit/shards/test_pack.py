@@ -97,6 +97,41 @@ def test_outputs_of_others_are_refused(faces: Path, tmp_path: Path) -> None:
             pack(faces, tmp_path / "busy", OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("nowhere", {}, "nowhere does not exist"),
+        ("damaged.zip", {}, "damaged.zip"),
+        ("faces", {"min_images": 6}, "Lower --min-images"),
+        ("faces", {"identities": ("zoe",)}, "names 'zoe'"),
+    ],
+)
+def test_a_packing_that_cannot_begin_leaves_nothing(
+    faces: Path, tmp_path: Path, source: str, options: dict, message: str
+) -> None:
+    (faces.parent / "damaged.zip").write_bytes(b"PK\x03\x04 and no more")
+    out = tmp_path / "new" / "deep" / "out"
+    with pytest.raises(DataError, match=message):
+        pack(faces.parent / source, out, PackOptions(**options))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        pack(faces.parent / source, tmp_path / "empty", PackOptions(**options))
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_refused_packing_leaves_the_unfinished_one_of_another(faces: Path, tmp_path: Path) -> None:
+    (faces / "ada" / "bad.jpg").write_bytes(b"\xff\xd8\xffnothing")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="1 unreadable image"):
+        pack(faces, out, OPTIONS)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "lock"}
+    with pytest.raises(DataError, match="does not exist"):
+        pack(tmp_path / "nowhere", out, OPTIONS)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "lock"} == before
+    assert pack(faces, out, PackOptions(samples_per_shard=4, max_bad=1)).num_samples == 10
+
+
 def test_unreadable_images_are_named_or_skipped(faces: Path, tmp_path: Path) -> None:
     (faces / "ada" / "bad.jpg").write_bytes(b"\xff\xd8\xffnothing")
     with pytest.raises(DataError, match=r"(?s)1 unreadable image.*--max-bad 0 allows.*ada/bad.jpg"):

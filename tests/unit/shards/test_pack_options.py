@@ -13,9 +13,10 @@ from aroface.errors import DataError
 from aroface.images import decode_rgb, encode_jpeg, resize_face
 from shards.dataset import ShardDataset
 from shards.landmark_file import read_landmarks
-from shards.manifest import read_identities
+from shards.manifest import read_identities, read_manifest
 from shards.pack import PackOptions, pack
 from shards.prepare import Preparation
+from shards.repair import repair
 from shards.selection import read_merges
 from shards.verify import verify
 from tests.helpers.face_folders import write_faces
@@ -169,6 +170,23 @@ def test_alignment_by_landmarks_of_a_file(tmp_path: Path) -> None:
     [line] = rows(tmp_path / "out" / "skipped.csv")[1:]
     assert line[0] == "ada/b.jpg"
     assert "no landmarks to align it by" in line[1]
+    assert manifest.aligned_by == "given landmarks"
+
+
+def test_the_manifest_tells_by_what_the_images_were_aligned(tmp_path: Path) -> None:
+    write_faces(tmp_path / "faces", {"ada": 2})
+    text = ",".join(f"{value:.2f}" for value in ARCFACE_TEMPLATE_112.ravel())
+    (tmp_path / "list.csv").write_text("".join(f"faces/ada/00{i}.jpg,0,{text}\n" for i in range(2)))
+    packed = {
+        align: pack(tmp_path / "list.csv", tmp_path / f"{align}", PackOptions(preparation=Preparation(align=align)))
+        for align in (True, False)
+    }
+    assert (packed[True].aligned_by, packed[False].aligned_by) == ("the list", None)
+    assert repair(tmp_path / "True", tmp_path / "mended").manifest.aligned_by == "the list"
+    path = tmp_path / "False" / "manifest.json"  # as sets of before have it
+    path.write_text(path.read_text().replace('  "aligned_by": null,\n', ""))
+    assert "aligned_by" not in path.read_text()
+    assert read_manifest(tmp_path / "False") == packed[False]
 
 
 @pytest.mark.parametrize(

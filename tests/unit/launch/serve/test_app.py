@@ -5,6 +5,7 @@ import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import islice
 
 import cv2
@@ -27,6 +28,7 @@ from launch.serve.stats import ServiceStats
 from retrieval.baselines import PixelEmbedder
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import Gallery
+from retrieval.gallery import gallery as gallery_module
 from retrieval.gallery.store import write_lock
 
 KEY = "0123456789abcdef"
@@ -162,6 +164,24 @@ def test_deletions_beside_another_writer(client, gallery):
     )
     assert client.delete("/v1/entries", params={"entry_id": "bob/1"}).json() == {"entries": 1}
     assert client.delete("/v1/subjects", params={"subject_id": "ann"}).json() == {"entries": 7}
+
+
+def test_a_deletion_counts_what_went_though_another_writer_came_in_between(client, gallery, monkeypatch):
+    """The other process enrols and deletes just before this one has the lock."""
+
+    @contextmanager
+    def lock_after_another_writer(directory):
+        monkeypatch.setattr(gallery_module, "write_lock", write_lock)
+        other = Gallery.open(directory)
+        more = PixelEmbedder().embed(np.stack([face(seed) for seed in range(20, 23)]))
+        other = other.add(more, ["ann", "ann", "eve"], ["ann/2", "ann/3", "eve/1"], model_id=PixelEmbedder().model_id)
+        other.remove(entry_ids=["bob/1"])
+        with write_lock(directory):
+            yield
+
+    monkeypatch.setattr(gallery_module, "write_lock", lock_after_another_writer)
+    assert client.delete("/v1/subjects", params={"subject_id": "ann"}).json() == {"entries": 3}
+    assert set(Gallery.open(gallery.directory).entries.subject_ids) == {"cid", "dan", "eve"}
 
 
 def test_a_photograph_with_landmarks_is_aligned(client):
