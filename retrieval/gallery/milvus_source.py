@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.gallery.search import Found, rounding_bound
+from retrieval.gallery.search import Found, exact_products, rounding_bound
 from retrieval.gallery.segments import Entries, Rows
 from retrieval.gallery.sources import PooledSource
 
@@ -76,17 +76,17 @@ class MilvusSource:
 
     def approximate_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Source`."""
-        scores: NDArray[np.float32] = np.einsum("pkd,pd->pk", self.vectors(rows), probes)
-        scores[rows < 0] = -np.inf
-        return scores
+        return self.exact_scores(probes, rows)  # few, and at hand
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `Source`; rows that no answer held are zero."""
+    def exact_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Source`."""
         vectors = np.zeros((rows.size, self._dimension), np.float32)
         for place, row in enumerate(rows.ravel().tolist()):
-            if row in self._seen:
+            if row >= 0:
                 vectors[place] = self._seen[row][2]
-        return vectors.reshape(*rows.shape, self._dimension)
+        scores = exact_products(vectors, np.repeat(probes, rows.shape[1], axis=0)).reshape(rows.shape)
+        scores[rows < 0] = -np.inf
+        return scores
 
     def names(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
         """See `Source`."""

@@ -10,9 +10,9 @@ which the recall of the gallery measures.
 Legend: P probes, D embedding dimension, K candidates of the index.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from aroface.errors import DataError
 from retrieval.gallery.records import Candidate
 
-__all__ = ["Found", "Request", "Source", "rounding_bound", "search_source"]
+__all__ = ["Found", "Request", "Source", "exact_products", "rounding_bound", "search_source"]
 
 _BATCH_PROBES = 1024  # every vector is read once for each batch
-_FETCHED_ELEMENTS, _RESCORED_ELEMENTS = 1 << 23, 1 << 18  # 32 MiB of float32, 2 MiB of float64: that stays in the cache
 _LENGTHENING = 4
 
 
@@ -52,8 +51,8 @@ class Source(Protocol):
     def approximate_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(P, K) inner products with the float32 vectors of the rows, -inf for row -1."""
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(..., D) float32 unit vectors of the rows."""
+    def exact_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(P, K) scores by `exact_products`, -inf for row -1."""
 
     def names(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
         """Entry ids and subject ids of (n,) rows."""
@@ -71,6 +70,15 @@ class Request:
 def rounding_bound(dimension: int) -> float:
     """Bound on the difference of two float32 inner products of the same two unit vectors."""
     return 2.0 * (dimension + 2) * float(np.finfo(np.float32).eps)
+
+
+def exact_products(vectors: NDArray[np.float32], probes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n,) inner products of (n, D) vectors and (n, D) probes in float64, rounded to float32.
+
+    Each row is summed alone, so that its score is the same in whatever company it is computed.
+    """
+    products: NDArray[np.float64] = np.vecdot(vectors, probes, dtype=np.float64)
+    return products.astype(np.float32)
 
 
 def search_source(source: Source, probes: NDArray[np.float32], request: Request) -> list[list[Candidate]]:
@@ -94,13 +102,13 @@ def _search_batch(source: Source, probes: NDArray[np.float32], request: Request)
         rows, scores = _rescored(source, probes[unfinished], near.rows, keep)
         tolerance = source.tolerance if near.tolerance is None else near.tolerance
         open_again = []
-        for place, chosen in enumerate(_chosen(source, rows, scores, request)):
-            probe = int(unfinished[place])
-            if wanted < limit and not _is_complete(chosen, float(near.left_out[place]), tolerance, request):
+        chosen_lists = _chosen(source, rows, scores, request)
+        for probe, chosen, left_out in zip(unfinished.tolist(), chosen_lists, near.left_out.tolist(), strict=True):
+            if wanted < limit and not _is_complete(chosen, left_out, tolerance, request):
                 open_again.append(probe)
                 continue
-            _check_whole(source, chosen, float(near.left_out[place]), request)
-            lists[probe] = chosen if request.top is None else chosen[: request.top]
+            _check_whole(source, chosen, left_out, request)
+            lists[probe] = chosen
         unfinished = np.array(open_again, np.int64)
         wanted = min(limit, _LENGTHENING * wanted)
     return [lists[probe] for probe in range(len(probes))]
@@ -134,25 +142,35 @@ def _check_whole(source: Source, chosen: list[Candidate], left_out: float, reque
 
 def _chosen(
     source: Source, rows: NDArray[np.int64], scores: NDArray[np.float32], request: Request
-) -> Iterator[list[Candidate]]:
-    """One list for each probe."""
+) -> list[list[Candidate]]:
+    """One list for each probe, from rows that are sorted by score."""
+    if not request.by_subject:
+        rows, scores = rows[:, : request.top], scores[:, : request.top]
     valid = rows >= 0
     if request.threshold is not None:
         valid &= scores > request.threshold
     counts = valid.sum(axis=1)
     entry_ids, subject_ids = source.names(rows[valid])
-    start = 0
-    for place, count in enumerate(counts):
-        part = slice(start, start + int(count))
-        start += int(count)
-        own_scores = scores[place][valid[place]]
-        entries, subjects = entry_ids[part], subject_ids[part]
-        if request.by_subject:
-            first = np.sort(np.unique(subjects, return_index=True)[1])
-            entries, subjects, own_scores = entries[first], subjects[first], own_scores[first]
-        ranks = range(1, len(entries) + 1)
-        columns = zip(entries.tolist(), subjects.tolist(), own_scores.tolist(), ranks, strict=True)
-        yield list(map(Candidate._make, columns))
+    kept_scores = scores[valid]
+    if request.by_subject:
+        firsts = _first_of_subjects(subject_ids, counts, request.top)
+        counts = np.array([len(first) for first in firsts], np.int64)
+        kept = np.concatenate([np.zeros(0, np.int64), *firsts])
+        entry_ids, subject_ids, kept_scores = entry_ids[kept], subject_ids[kept], kept_scores[kept]
+    ends = np.cumsum(counts)
+    ranks = np.arange(1, len(kept_scores) + 1) - np.repeat(ends - counts, counts)
+    columns = zip(entry_ids.tolist(), subject_ids.tolist(), kept_scores.tolist(), ranks.tolist(), strict=True)
+    candidates = list(map(Candidate._make, columns))
+    return [candidates[start:end] for start, end in pairwise([0, *ends.tolist()])]
+
+
+def _first_of_subjects(
+    subject_ids: NDArray[np.str_], counts: NDArray[np.int64], top: int | None
+) -> list[NDArray[np.int64]]:
+    """Places of the first entry of each subject, for lists of `counts` entries that lie one after the other."""
+    bounds = pairwise([0, *np.cumsum(counts).tolist()])
+    firsts = ((start, np.unique(subject_ids[start:end], return_index=True)[1]) for start, end in bounds)
+    return [start + np.sort(first)[:top] for start, first in firsts]
 
 
 def _rescored(
@@ -165,28 +183,12 @@ def _rescored(
     if top is not None and rows.shape[1] > top + 4:
         rough = source.approximate_scores(probes, rows)
         last = -np.partition(-rough, top - 1, axis=1)[:, top - 1]
-        bound = last - 2 * rounding_bound(probes.shape[1])
-        near = max(top, int((rough >= bound[:, None]).sum(axis=1).max()))
+        is_near = rough >= (last - 2 * rounding_bound(probes.shape[1]))[:, None]
+        rows = np.where(is_near, rows, -1)
+        near = max(top, int(is_near.sum(axis=1).max()))
         if near < rows.shape[1]:
             nearest = np.argpartition(-rough, near - 1, axis=1)[:, :near]
             rows = np.take_along_axis(rows, nearest, axis=1)
-    scores = _exact_scores(source, probes, rows)
+    scores = source.exact_scores(probes, rows)
     order = np.lexsort((rows, -scores), axis=1)
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
-
-
-def _exact_scores(source: Source, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    scores = np.empty(rows.shape, np.float32)
-    for fetched in _parts(len(rows), _FETCHED_ELEMENTS // max(1, rows.shape[1] * probes.shape[1])):
-        vectors = source.vectors(np.maximum(rows[fetched], 0))
-        for part in _parts(len(vectors), _RESCORED_ELEMENTS // max(1, rows.shape[1] * probes.shape[1])):
-            products: NDArray[Any] = vectors[part].astype(np.float64)
-            products *= probes[fetched][part, None, :]
-            scores[fetched][part] = products.sum(axis=2)
-    scores[rows < 0] = -np.inf
-    return scores
-
-
-def _parts(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, max(1, size)):
-        yield slice(start, start + max(1, size))

@@ -1,13 +1,14 @@
 """What a gallery on this machine searches: every vector one by one, a Faiss index, or pooled templates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.gallery.bfloat16 import nearest_rows_bfloat16, pays
-from retrieval.gallery.search import Found, rounding_bound
+from retrieval.gallery.search import Found, exact_products, rounding_bound
 from retrieval.gallery.segments import Entries, Rows
 
 __all__ = ["FlatSource", "IndexedSource", "PooledSource", "TrackedIndex"]
@@ -15,6 +16,7 @@ __all__ = ["FlatSource", "IndexedSource", "PooledSource", "TrackedIndex"]
 _EXTRA_CANDIDATES = 8
 _REMOVED_PLACES = 256
 _POOLED_BLOCK_ROWS = 1 << 12
+_EXACT_ELEMENTS = 1 << 15  # 256 KiB of float64, with as much of probes: stays in the second-level cache
 _BLAS_PROBES, _BLAS_PROBES_ONCE = 3, 20
 
 
@@ -32,32 +34,57 @@ class _LocalSource:
         """See `Source`. Faiss reads the vectors where they lie, without a copy of them."""
         import faiss
 
-        order = np.argsort(rows, axis=None, kind="stable")  # reads the vectors in the order in which they lie
-        wanted = rows.ravel()[order]
-        probe_of = order // rows.shape[1]
         probes = np.ascontiguousarray(probes)
-        sorted_scores = np.full(rows.size, -np.inf, np.float32)
-        bounds = np.searchsorted(wanted, self.rows.starts)
-        for part, start, first, last in zip(self.rows.parts, self.rows.starts, bounds, bounds[1:], strict=False):
-            if first == last:
-                continue
-            local = wanted[first:last] - start
+
+        def products(
+            part: NDArray[np.float32], local: NDArray[np.int64], probe_of: NDArray[np.int64]
+        ) -> NDArray[np.float32]:
+            scores = np.empty(len(local), np.float32)
             faiss.pairwise_indexed_inner_product(  # type: ignore[attr-defined]  # exported at run time
                 probes.shape[1],
-                int(last - first),
+                len(local),
                 faiss.swig_ptr(probes),
-                faiss.swig_ptr(np.ascontiguousarray(probe_of[first:last])),
+                faiss.swig_ptr(probe_of),
                 faiss.swig_ptr(part),
                 faiss.swig_ptr(local),
-                faiss.swig_ptr(sorted_scores[first:last]),
+                faiss.swig_ptr(scores),
             )
-        scores = np.empty(rows.size, np.float32)
-        scores[order] = sorted_scores
-        return scores.reshape(rows.shape)
+            return scores
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._scored(rows, max(1, rows.size), products)
+
+    def exact_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Source`."""
-        return self.rows.take(rows)
+
+        def products(
+            part: NDArray[np.float32], local: NDArray[np.int64], probe_of: NDArray[np.int64]
+        ) -> NDArray[np.float32]:
+            return exact_products(part[local], probes[probe_of])
+
+        return self._scored(rows, max(1, _EXACT_ELEMENTS // probes.shape[1]), products)
+
+    def _scored(
+        self,
+        rows: NDArray[np.int64],
+        size: int,
+        products: Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]],
+    ) -> NDArray[np.float32]:
+        """(P, K) scores, -inf for row -1; vectors are read in the order in which they lie.
+
+        Args:
+            rows: (P, K) of every probe.
+            size: rows at a time.
+            products: scores of (n,) rows of a part with the (n,) probes of those numbers.
+        """
+        order = np.argsort(rows, axis=None)
+        wanted, probe_of = rows.ravel()[order], order // max(1, rows.shape[1])
+        scores = np.full(rows.size, -np.inf, np.float32)
+        bounds = np.searchsorted(wanted, self.rows.starts).tolist()
+        for part, start, (first, last) in zip(self.rows.parts, self.rows.starts, pairwise(bounds), strict=False):
+            for begin in range(first, last, size):
+                piece = slice(begin, min(begin + size, last))
+                scores[order[piece]] = products(part, wanted[piece] - start, probe_of[piece])
+        return scores.reshape(rows.shape)
 
     def names(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
         """See `Source`."""

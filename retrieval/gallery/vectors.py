@@ -10,7 +10,7 @@ from aroface.errors import DataError, ShapeError
 
 __all__ = ["as_unit", "check_embeddings", "check_ids", "lengths", "listed", "unit_blocks"]
 
-_BLOCK_ROWS = 1 << 10
+_BLOCK_ROWS = 1 << 7  # in float64 they stay in the cache
 _NAMED_ROWS = 5
 
 
@@ -73,14 +73,14 @@ def _as_text(ids: ArrayLike) -> NDArray[np.str_]:
 
 def lengths(embeddings: NDArray[Any]) -> NDArray[np.float64]:
     """(N,) Euclidean lengths."""
-    norms = [np.linalg.norm(block, axis=1) for block in _float64_blocks(embeddings)]
+    norms = [np.sqrt(np.vecdot(block, block, dtype=np.float64)) for block in _blocks(embeddings)]
     return np.concatenate([np.zeros(0), *norms])
 
 
 def unit_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
-    """The rows scaled to length 1, some thousand at a time."""
-    for block in _float64_blocks(embeddings):
-        yield (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float32)
+    """The rows scaled to length 1, some hundred at a time."""
+    for block in _blocks(embeddings):
+        yield (block / lengths(block)[:, None]).astype(np.float32)
 
 
 def as_unit(embeddings: NDArray[Any]) -> NDArray[np.float32]:
@@ -93,9 +93,9 @@ def as_unit(embeddings: NDArray[Any]) -> NDArray[np.float32]:
     return unit
 
 
-def _float64_blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
+def _blocks(embeddings: NDArray[Any]) -> Iterator[NDArray[Any]]:
     for start in range(0, len(embeddings), _BLOCK_ROWS):
-        yield embeddings[start : start + _BLOCK_ROWS].astype(np.float64)
+        yield embeddings[start : start + _BLOCK_ROWS]
 
 
 def listed(values: Sequence[object]) -> str:
