@@ -20,7 +20,7 @@ from retrieval.gallery.segments import Rows
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOLERANCE", "nearest_rows_bfloat16", "pays"]
+__all__ = ["TOLERANCE", "is_fast", "nearest_rows_bfloat16", "pays"]
 
 #: Bound on the error of a score of two unit vectors. Rounding both to 8 bits changes their product, whose sum of
 #: magnitudes is at most 1, by less than 2^-7 + 2^-16; rounding that, by 2^-8; adding up in float32 costs below 2^-12.
@@ -32,7 +32,10 @@ _LEAST_PROBES = 64  #: every row is rounded once for all of them
 
 
 @cache
-def _is_fast() -> bool:
+def is_fast() -> bool:
+    """Whether PyTorch multiplies bfloat16 faster than float32 here."""
+    if sys.platform != "linux":
+        return False
     try:
         import torch
     except ImportError:
@@ -43,7 +46,7 @@ def _is_fast() -> bool:
 def pays(probes: int, rows: int) -> bool:
     """Whether a search of this size is faster here than in float32."""
     is_large = probes >= _LEAST_PROBES and probes * rows >= _LEAST_PRODUCTS
-    return is_large and sys.platform == "linux" and _is_fast()
+    return is_large and is_fast()
 
 
 def nearest_rows_bfloat16(rows: Rows, probes: NDArray[np.float32], count: int) -> Found:

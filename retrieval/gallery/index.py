@@ -3,7 +3,7 @@
     kind                      form of a vector          visits
     flat                      float32 (on disk)         all, exact; no index file
     fp16, sq8, pq             2, 1, 1/8 byte a value    all
-    ivf, ivf-fp16, -sq8, -pq  4, 2, 1, 1/8 byte         the nearest of about 2 sqrt(N) clusters
+    ivf, ivf-fp16, -sq8, -pq  4, 2, 1, 1/8 byte         the nearest of `num_clusters(N)` clusters
     hnsw, hnsw-fp16, -sq8     4, 2, 1 byte + 256 bytes  a graph of 32 neighbours
 
 `pq` is a 4-bit product quantiser of four values each, scanned in registers (Andre et al., Quick ADC, and Faiss's
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from aroface.files import atomic_path
+from retrieval.gallery.clusters import Clusters
 from retrieval.gallery.records import IndexKind, Recall
 from retrieval.gallery.search import Request, search_source
 from retrieval.gallery.segments import Entries, Rows
@@ -32,6 +33,7 @@ __all__ = ["IndexWish", "build_index", "factory_of", "open_index"]
 
 _TRAINED_LEAST = 1000
 _TRAINING_POINTS = 64  # for each cluster
+_CLUSTERS_LEARNT_SOON = 1 << 12  # two minutes of one core at D = 512
 _ADD_ROWS = 1 << 14
 _HNSW_NEIGHBOURS = 32
 _HNSW_CONSTRUCTION = 100
@@ -82,8 +84,12 @@ def factory_of(kind: IndexKind, count: int, dimension: int) -> str:
 
 
 def num_clusters(count: int) -> int:
-    """A power of two near 2 sqrt(count), with at least 39 vectors for each cluster."""
-    return int(2 ** min(round(math.log2(2 * math.sqrt(count))), math.floor(math.log2(count / 39))))
+    """A power of two near 4 sqrt(count), beyond a million 2 sqrt(count), with at least 39 vectors for each cluster.
+
+    More clusters make shorter lists and so faster searches, but learning them costs the square of their number.
+    """
+    wanted = max(min(4 * math.sqrt(count), _CLUSTERS_LEARNT_SOON), 2 * math.sqrt(count))
+    return int(2 ** min(round(math.log2(wanted)), math.floor(math.log2(count / 39))))
 
 
 def build_index(
@@ -177,11 +183,14 @@ def _tracked(index: Any, numbers: NDArray[np.int64], kind: IndexKind, effort: in
     """How an index of `kind` is searched."""
     import faiss
 
+    clusters = None
     if kind.startswith("ivf"):
-        faiss.extract_index_ivf(index).nprobe = effort
+        inverted = faiss.extract_index_ivf(index)
+        inverted.nprobe = min(effort, inverted.nlist)
+        clusters = None if inverted.by_residual else Clusters(inverted)
     elif kind.startswith("hnsw"):
         index.hnsw.efSearch = effort
-    return TrackedIndex(index, numbers, candidates=rescored, least=_RESCORED_LEAST)
+    return TrackedIndex(index, numbers, candidates=rescored, least=_RESCORED_LEAST, clusters=clusters)
 
 
 def _efforts(kind: IndexKind) -> tuple[tuple[int, int], ...]:

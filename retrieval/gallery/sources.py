@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.gallery.bfloat16 import nearest_rows_bfloat16, pays
+from retrieval.gallery.clusters import Clusters
 from retrieval.gallery.search import Found, exact_products, rounding_bound
 from retrieval.gallery.segments import Entries, Rows
 
@@ -147,6 +148,7 @@ class TrackedIndex:
         least: how many to rescore at least.
         tolerance: bound on the error of its scores; None for an approximate index.
         max_list: longest list that it gives.
+        clusters: of the index, where they may be chosen here.
         keep: what has to live as long as the index.
     """
 
@@ -159,6 +161,7 @@ class TrackedIndex:
         least: int,
         tolerance: float | None = None,
         max_list: int = 1 << 40,
+        clusters: Clusters | None = None,
         keep: Any = None,
     ) -> None:
         self.keep = keep
@@ -168,6 +171,13 @@ class TrackedIndex:
         self.least = least
         self.tolerance = tolerance
         self.max_list = max_list
+        self._clusters = clusters
+
+    def search(self, probes: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """(P, count) scores and places of about the nearest entries of each (P, D) probe, best first; -1: no more."""
+        searched = self._clusters or self.index
+        scores, places = searched.search(np.ascontiguousarray(probes), count)
+        return scores, places
 
 
 class IndexedSource(_LocalSource):
@@ -203,7 +213,7 @@ class IndexedSource(_LocalSource):
         asked = total if count >= self.count else min(total, count + min(self._removed, max(count, _REMOVED_PLACES)))
         asked = min(asked, self.max_list)
         use_blas_early(probes.shape[1])
-        scores, places = self._tracked.index.search(np.ascontiguousarray(probes), asked)
+        scores, places = self._tracked.search(probes, asked)
         rows = self._row_of[places]  # place -1 is the last element, which is -1
         left_out = np.where((places[:, -1] >= 0) & (asked < total), scores[:, -1], -np.inf).astype(np.float32)
         if len(self._tail):

@@ -186,8 +186,8 @@ def test_too_few_to_learn_from(tmp_path: Path) -> None:
 
 
 def test_sizes_of_clusters_and_codes() -> None:
-    assert [num_clusters(n) for n in (1000, 160_000, 1_000_000, 100_000_000)] == [16, 1024, 2048, 16384]
-    assert factory_of("ivf-pq", 1_000_000, 512) == "IVF2048,PQ128x4fs"
+    assert [num_clusters(n) for n in (1000, 160_000, 1_000_000, 100_000_000)] == [16, 2048, 4096, 16384]
+    assert factory_of("ivf-pq", 1_000_000, 512) == "IVF4096,PQ128x4fs"
     assert factory_of("pq", 5000, 9) == "PQ3x4fs"
     assert factory_of("hnsw-sq8", 10, 64) == "HNSW32_SQ8"
 
