@@ -167,7 +167,7 @@ class FaceGallery(ABC):
             merged: dict[str, list[Candidate]] = {name: [] for name in names}
             for group, candidates in zip(groups, single, strict=True):
                 merged[names[group]].extend(candidates)
-            return {name: _best(candidates, top) for name, candidates in merged.items()}
+            return {name: _best(candidates, top, level) for name, candidates in merged.items()}
         check_embeddings(probes, self.info.dimension)
         sums = TemplateSums(len(names), probes.shape[1], Pooling(media=False))
         sums.add(groups, np.zeros(len(groups)), probes.astype(np.float32))
@@ -255,10 +255,13 @@ def _templates(template_ids: ArrayLike, count: int) -> tuple[list[str], NDArray[
     return names[order].tolist(), place[codes]
 
 
-def _best(candidates: Sequence[Candidate], top: int) -> list[Candidate]:
-    """Each candidate once with its best score, best first; equal scores as the lists had them."""
-    unique: dict[tuple[str, str], Candidate] = {}
+def _best(candidates: Sequence[Candidate], top: int, level: Level) -> list[Candidate]:
+    """Each entry, or each subject, once with its best score, best first; equal scores as the lists had them.
+
+    Whoever belongs to the best `top` belongs to those of the probe that scored highest, so lists of `top` are enough.
+    """
+    unique: dict[str, Candidate] = {}
     for candidate in sorted(candidates, key=lambda candidate: (-candidate.score, candidate.rank)):
-        unique.setdefault((candidate.entry_id, candidate.subject_id), candidate)
+        unique.setdefault(candidate.entry_id if level == "entry" else candidate.subject_id, candidate)
     best = list(unique.values())[:top]
     return [candidate._replace(rank=rank) for rank, candidate in enumerate(best, start=1)]

@@ -116,6 +116,25 @@ def test_templates_of_probes(make: Maker) -> None:
         assert [c.rank for c in best[name]] == [1, 2, 3, 4]
 
 
+def test_the_best_of_several_probes_names_a_subject_once(make: Maker) -> None:
+    enrolled, subjects = _vectors(40), np.arange(40) % 10
+    gallery = make(enrolled, subjects)
+    probes, templates = _vectors(6, seed=6), np.array(["b", "a", "b", "a", "b", "c"])
+    by_subject = gallery.search_templates(probes, templates, top=7, fusion="best", level="subject")
+    pooled = gallery.search_templates(probes, templates, top=7, fusion="best", level="pooled")
+    sums = np.stack([enrolled[subjects == s].astype(np.float64).sum(axis=0) for s in range(10)])
+    for name in "abc":
+        own = probes[templates == name]
+        scores = np.max([_scores(enrolled, probe) for probe in own], axis=0)
+        order = list(dict.fromkeys(row % 10 for row in _order(scores)))[:7]
+        best_rows = [max(range(s, 40, 10), key=lambda row: scores[row]) for s in order]
+        assert [(c.rank, c.subject_id, int(c.entry_id), c.score) for c in by_subject[name]] == [
+            (rank, str(row % 10), row, scores[row]) for rank, row in enumerate(best_rows, start=1)
+        ]
+        of_sums = np.max([_scores(sums.astype(np.float32), probe) for probe in own], axis=0)
+        assert [c.subject_id for c in pooled[name]] == [str(s) for s in _order(of_sums)[:7]]
+
+
 def test_changes(make: Maker) -> None:
     vectors = _vectors(30)
     gallery = make(vectors[:20], np.arange(20) // 2, [f"e{i}" for i in range(20)], model_id="m1", contract=RGB)
