@@ -66,7 +66,7 @@ def _add_index(parser: argparse.ArgumentParser, default: str | None) -> None:
     )
     parser.add_argument("--recall", type=float, default=0.98, metavar="R", help="recall@1 to reach (%(default)s)")
     parser.add_argument("--recall-probes", type=Path, metavar="P.npz", help="measure it with these, not drawn probes")
-    parser.add_argument("--recall-sample", type=positive, default=1000, metavar="N", help="of them (%(default)s)")
+    parser.add_argument("--recall-sample", type=positive, default=4000, metavar="N", help="of them (%(default)s)")
 
 
 def _add_search(search: argparse.ArgumentParser) -> None:

@@ -58,7 +58,7 @@ class IndexWish:
 
     kind: IndexKind = "flat"
     recall: float = 0.98  #: recall@1 to reach; the cheapest search that does is kept, or the best there is
-    sample: int = 1000  #: searches to measure it with
+    sample: int = 4000  #: searches to measure it with
     probes: NDArray[np.floating[Any]] | None = None  #: (P, D) to measure with; None draws them near enrolled entries
 
 
