@@ -52,6 +52,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "too many requests are waiting",
     }.items()
 }
+_GUARDED = {status: _PROBLEMS[status] for status in (400, 401, 403, 408, 413, 503)}  # `Guard` may answer these anywhere
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "not enrolled"}}
 
 
@@ -148,20 +149,18 @@ def _add_pages(app: FastAPI) -> None:
 def _add_state(app: FastAPI, service: FaceService) -> None:
     key = [Depends(HTTPBearer(auto_error=False))]  # for the description; Guard checks it
 
-    @app.get("/health")
+    @app.get("/health", responses=_some(400, 403, 408, 413, 503))
     async def health() -> Health:
         """Whether the service is up; needs no key."""
         return Health(status="ok")
 
-    @app.get(
-        "/metrics", dependencies=key, response_class=Response, responses={**_some(401, 403), 200: {"content": _TEXT}}
-    )
+    @app.get("/metrics", dependencies=key, response_class=Response, responses={**_GUARDED, 200: {"content": _TEXT}})
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         text = service.stats.exposition(depths=service.depths(), entries=len(service.gallery))
         return Response(text, media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/gallery", dependencies=key, responses=_some(401, 403))
+    @app.get("/v1/gallery", dependencies=key, responses=_GUARDED)
     def gallery() -> GalleryState:
         """What is searched, and with what."""
         info = service.gallery.info
@@ -177,7 +176,7 @@ def _add_state(app: FastAPI, service: FaceService) -> None:
             detects_faces=service.detector is not None,
         )
 
-    @app.get("/v1/status", dependencies=key, responses=_some(401, 403))
+    @app.get("/v1/status", dependencies=key, responses=_GUARDED)
     async def status() -> Status:
         """Load and speed."""
         speed = service.stats.speed()
@@ -211,8 +210,8 @@ def _add_faces(app: FastAPI, service: FaceService) -> None:
     ) -> Matches:
         """The most similar faces of the gallery, best first."""
         found = service.search(read(image, landmarks), top=top, level=level)
-        is_calibrated = bool(service.gallery.info.calibration)
-        return Matches(matches=[_match(one, is_calibrated) for one in found], is_calibrated=is_calibrated)
+        is_calibrated = bool(service.gallery.calibration_at(level))
+        return Matches(matches=[_match(one, level, is_calibrated) for one in found], is_calibrated=is_calibrated)
 
     @app.post("/v1/compare", dependencies=key, responses=_PROBLEMS)
     def compare(
@@ -232,21 +231,25 @@ def _add_faces(app: FastAPI, service: FaceService) -> None:
         entry = service.enrol(read(image, landmarks), subject_id, entry_id)
         return EnrolledEntry(entry_id=entry.entry_id, subject_id=entry.subject_id, norm=entry.norm)
 
-    @app.delete("/v1/entries", dependencies=key, responses={**_some(401, 403, 422), **_NOT_FOUND})
+    @app.delete(
+        "/v1/entries", dependencies=key, responses={**_some(400, 401, 403, 408, 409, 413, 422, 503), **_NOT_FOUND}
+    )
     def remove_entry(entry_id: _IdQuery) -> Removed:
         """Delete one entry."""
         return Removed(entries=service.remove(entry_id=entry_id))
 
-    @app.delete("/v1/subjects", dependencies=key, responses={**_some(401, 403, 422), **_NOT_FOUND})
+    @app.delete(
+        "/v1/subjects", dependencies=key, responses={**_some(400, 401, 403, 408, 409, 413, 422, 503), **_NOT_FOUND}
+    )
     def remove_subject(subject_id: _IdQuery) -> Removed:
         """Delete all entries of a subject."""
         return Removed(entries=service.remove(subject_id=subject_id))
 
 
-def _match(found: Found, is_calibrated: bool) -> Match:
+def _match(found: Found, level: str, is_calibrated: bool) -> Match:
     candidate, fpir = found.candidate, found.fpir
     if not is_calibrated:
-        meaning = "the gallery is not calibrated: a score means nothing by itself"
+        meaning = f"the gallery is not calibrated at level {level}: a score means nothing by itself"
     elif fpir is None:
         meaning = "below every calibrated threshold: take it as no match"
     else:

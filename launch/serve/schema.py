@@ -29,7 +29,7 @@ class Matches(BaseModel):
     """The best candidates of a search."""
 
     matches: list[Match]
-    is_calibrated: bool = Field(description="whether the gallery has thresholds")
+    is_calibrated: bool = Field(description="whether the gallery has thresholds for this level")
 
 
 class Comparison(BaseModel):

@@ -211,6 +211,28 @@ def test_scores_get_the_meaning_that_was_calibrated(client, gallery):
         assert thresholds == {f"{p.fpir:g}": p.threshold for p in calibrated.info.calibration}
 
 
+def test_a_level_without_a_calibration_says_that_there_is_none(gallery):
+    strangers = PixelEmbedder().embed(np.stack([face(seed) for seed in range(100, 140)]))
+    subjects = np.array([f"stranger-{i}" for i in range(40)])
+    calibrated = gallery.calibrate(EmbeddingSet(strangers, subjects), [0.5], level="entry")
+    service = FaceService(PixelEmbedder(), calibrated, ServiceStats())
+    with TestClient(create_app(service, GuardSettings(KEY)), headers=HEADERS) as client:
+        for level, is_calibrated in (("entry", True), ("subject", True), ("pooled", False)):
+            found = client.post("/v1/search", files={"image": image(1)}, data={"level": level}).json()
+            assert found["is_calibrated"] == is_calibrated
+            assert found["matches"][0]["score"] == pytest.approx(1, abs=1e-6)
+            assert (f"not calibrated at level {level}" in found["matches"][0]["meaning"]) != is_calibrated
+
+
+def test_every_answer_of_the_guard_and_of_another_writer_is_described(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    for methods in paths.values():
+        for operation in methods.values():
+            assert {"400", "403", "408", "413", "503"} <= operation["responses"].keys()
+    assert "409" in paths["/v1/entries"]["delete"]["responses"]
+    assert "409" in paths["/v1/subjects"]["delete"]["responses"]
+
+
 def test_many_requests_at_once_give_the_answers_of_single_ones(client):
     """Each search is batched with others; every one must get its own answer."""
 
