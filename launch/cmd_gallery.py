@@ -6,6 +6,7 @@ one transaction. Scores are cosines. docs/galleries.md tells which kind of index
 """
 
 import argparse
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _KINDS = ("flat", "fp16", "sq8", "pq", "ivf", "ivf-fp16", "ivf-sq8", "ivf-pq", "hnsw", "hnsw-fp16", "hnsw-sq8")
 _LEVELS = ("entry", "subject", "pooled")
 _SHOWN_PROBES = 10
+
+logger = logging.getLogger(__name__)
 
 
 class _Model(TypedDict):
@@ -229,7 +232,7 @@ def _threshold(args: argparse.Namespace, gallery: "FaceGallery") -> float | None
             f"--fpir {args.fpir:g} holds for single probes, not for several searched together (--templates "
             f"{args.templates}). Give a --threshold, or leave --templates away."
         )
-    points = {point.fpir: point.threshold for point in gallery.calibration_at(args.level)}
+    points = {point.fpir: point for point in gallery.calibration_at(args.level)}
     if args.fpir not in points:
         known = ", ".join(f"{point.fpir:g} ({point.level})" for point in gallery.info.calibration) or "none"
         raise ConfigError(
@@ -237,7 +240,9 @@ def _threshold(args: argparse.Namespace, gallery: "FaceGallery") -> float | None
             "entry and subject share theirs, pooled has its own). Run `aroface gallery calibrate --level "
             f"{args.level}`."
         )
-    return points[args.fpir]
+    for doubt in points[args.fpir].doubts(len(gallery)):
+        logger.warning("--fpir %g is uncertain: %s. Calibrate again, with more strangers.", args.fpir, doubt)
+    return points[args.fpir].threshold
 
 
 def _fpir(args: argparse.Namespace, gallery: "FaceGallery", score: float) -> float | None:
@@ -278,13 +283,10 @@ def _print_state(gallery: "Gallery", *, with_entries: bool) -> None:
 def _print_calibration(gallery: "FaceGallery") -> None:
     count = len(gallery)
     for point in gallery.info.calibration:
-        notes = [] if point.is_supported else [f"not supported: {point.k} false alarms allowed, 30 needed"]
-        if point.count != count:
-            notes.append(f"{point.count} entries then, {count} now")
         tpir = "" if point.tpir is None else f", TPIR {point.tpir:.4f} of {point.mated}"
         print(
             f"  FPIR {point.fpir:<6g} score > {point.threshold:.4f} ({point.non_mated} strangers{tpir}, {point.level})"
-            + "".join(f"; {note}" for note in notes)
+            + "".join(f"; {doubt}" for doubt in point.doubts(count))
         )
 
 

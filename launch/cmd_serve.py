@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, required=True, metavar="MODEL", help="run directory, checkpoint, .onnx or .engine"
     )
-    parser.add_argument("--gallery", type=Path, required=True, metavar="G", help="directory of the gallery")
+    parser.add_argument("--gallery", required=True, metavar="G", help="directory of the gallery")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="file that holds the access key")
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.serve.stats import ServiceStats
     from retrieval.gallery import Gallery
 
+    directory = _directory(args.gallery)
     key = _access_key(args.key_file, needs_one=not is_loopback(args.host), host=args.host)
     _check_port(args.host, args.port)
     detector = None
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     embedder = open_embedder(
         args.model, precision=args.precision, threads=args.threads, batch_size=args.batch, runtime=args.runtime
     )
-    gallery = Gallery.open(args.gallery)
+    gallery = Gallery.open(directory)
     service = FaceService(
         embedder, gallery, ServiceStats(), detector=detector, max_batch=args.batch, max_queue=args.queue
     )
@@ -64,6 +65,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"http://{shown}:{args.port}/  ({'access key needed' if key else 'no access key'}; Ctrl-C stops)", flush=True)
     make_server(app, host=args.host, port=args.port).run()
     return 0
+
+
+def _directory(gallery: str) -> Path:
+    from aroface.errors import ConfigError
+
+    if "://" in gallery:
+        raise ConfigError(
+            f"--gallery {gallery} is an address; the service takes directories only, no gallery in Milvus. Build one "
+            "in a directory from the same embeddings (`aroface gallery build`) and serve that."
+        )
+    return Path(gallery)
 
 
 def _access_key(path: Path | None, *, needs_one: bool, host: str) -> str | None:

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 from starlette.exceptions import HTTPException
 
 from aroface import __version__
@@ -28,12 +28,14 @@ from launch.serve.schema import (
     Problem,
     Removed,
     Status,
+    Threshold,
 )
 from launch.serve.service import ConflictError, FaceService, Found, NotEnrolledError
 from launch.serve.uploads import UnsupportedImageError, parse_landmarks
 
 __all__ = ["create_app"]
 
+_LONGEST_ID = 200
 _MORE_THREADS = 16  # for what is no face: the state, deletions, the page
 _PAGE_FILES = {f"/{name}": name for name in ("page.css", "page.js", "icon.svg")} | {"/": "index.html"}
 _MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -52,18 +54,23 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "too many requests are waiting",
     }.items()
 }
+_GUARDED: dict[int | str, dict[str, Any]] = {
+    status: _PROBLEMS[status] for status in (400, 401, 403, 408, 413, 503)
+}  # `Guard` may answer these anywhere
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "not enrolled"}}
 
 
 def _as_id(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise ValueError("an id is printable text that is not empty")
+    if len(text) > _LONGEST_ID:
+        raise ValueError(f"an id has {_LONGEST_ID} characters at the most, this one {len(text)}")
     return text
 
 
-_Id = Annotated[str, AfterValidator(_as_id)]
-_IdField = Annotated[_Id, Form(min_length=1, max_length=200)]
-_IdQuery = Annotated[_Id, Query(min_length=1, max_length=200)]
+_Id = Annotated[str, AfterValidator(_as_id), WithJsonSchema({"type": "string", "maxLength": _LONGEST_ID})]
+_IdField = Annotated[_Id, Form(json_schema_extra={"minLength": 1})]
+_IdQuery = Annotated[_Id, Query(json_schema_extra={"minLength": 1})]
 _Image = Annotated[UploadFile, File(description="JPEG or PNG: an aligned square crop, or a photograph with landmarks")]
 _Landmarks = Annotated[
     str | None, Form(description="JSON [[x, y], ...] of left eye, right eye, nose, mouth corners, in pixels")
@@ -148,20 +155,18 @@ def _add_pages(app: FastAPI) -> None:
 def _add_state(app: FastAPI, service: FaceService) -> None:
     key = [Depends(HTTPBearer(auto_error=False))]  # for the description; Guard checks it
 
-    @app.get("/health")
+    @app.get("/health", responses=_some(400, 403, 408, 413, 503))
     async def health() -> Health:
         """Whether the service is up; needs no key."""
         return Health(status="ok")
 
-    @app.get(
-        "/metrics", dependencies=key, response_class=Response, responses={**_some(401, 403), 200: {"content": _TEXT}}
-    )
+    @app.get("/metrics", dependencies=key, response_class=Response, responses={**_GUARDED, 200: {"content": _TEXT}})
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         text = service.stats.exposition(depths=service.depths(), entries=len(service.gallery))
         return Response(text, media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/gallery", dependencies=key, responses=_some(401, 403))
+    @app.get("/v1/gallery", dependencies=key, responses=_GUARDED)
     def gallery() -> GalleryState:
         """What is searched, and with what."""
         info = service.gallery.info
@@ -173,11 +178,14 @@ def _add_state(app: FastAPI, service: FaceService) -> None:
             index=info.index,
             model=service.embedder.model_id,
             image_size=service.embedder.contract.image_size,
-            thresholds={f"{point.fpir:g}": point.threshold for point in info.calibration},
+            thresholds=[
+                Threshold(fpir=p.fpir, score=p.threshold, level=p.level, doubts=p.doubts(info.count))
+                for p in info.calibration
+            ],
             detects_faces=service.detector is not None,
         )
 
-    @app.get("/v1/status", dependencies=key, responses=_some(401, 403))
+    @app.get("/v1/status", dependencies=key, responses=_GUARDED)
     async def status() -> Status:
         """Load and speed."""
         speed = service.stats.speed()
@@ -211,8 +219,10 @@ def _add_faces(app: FastAPI, service: FaceService) -> None:
     ) -> Matches:
         """The most similar faces of the gallery, best first."""
         found = service.search(read(image, landmarks), top=top, level=level)
-        is_calibrated = bool(service.gallery.info.calibration)
-        return Matches(matches=[_match(one, is_calibrated) for one in found], is_calibrated=is_calibrated)
+        is_calibrated = bool(service.gallery.calibration_at(level))
+        meanings = [_meaning(one, level, len(service.gallery), is_calibrated=is_calibrated) for one in found]
+        matches = [_match(one, meaning) for one, meaning in zip(found, meanings, strict=True)]
+        return Matches(matches=matches, is_calibrated=is_calibrated)
 
     @app.post("/v1/compare", dependencies=key, responses=_PROBLEMS)
     def compare(
@@ -225,37 +235,44 @@ def _add_faces(app: FastAPI, service: FaceService) -> None:
     def enrol(
         image: _Image,
         subject_id: _IdField,
-        entry_id: Annotated[_Id | None, Form(max_length=200, description="default: a new one")] = None,
+        entry_id: Annotated[_Id | None, Form(description="default: a new one")] = None,
         landmarks: _Landmarks = None,
     ) -> EnrolledEntry:
         """Enrol one face; it is on disk when the answer comes."""
         entry = service.enrol(read(image, landmarks), subject_id, entry_id)
         return EnrolledEntry(entry_id=entry.entry_id, subject_id=entry.subject_id, norm=entry.norm)
 
-    @app.delete("/v1/entries", dependencies=key, responses={**_some(401, 403, 422), **_NOT_FOUND})
+    @app.delete(
+        "/v1/entries", dependencies=key, responses={**_some(400, 401, 403, 408, 409, 413, 422, 503), **_NOT_FOUND}
+    )
     def remove_entry(entry_id: _IdQuery) -> Removed:
         """Delete one entry."""
         return Removed(entries=service.remove(entry_id=entry_id))
 
-    @app.delete("/v1/subjects", dependencies=key, responses={**_some(401, 403, 422), **_NOT_FOUND})
+    @app.delete(
+        "/v1/subjects", dependencies=key, responses={**_some(400, 401, 403, 408, 409, 413, 422, 503), **_NOT_FOUND}
+    )
     def remove_subject(subject_id: _IdQuery) -> Removed:
         """Delete all entries of a subject."""
         return Removed(entries=service.remove(subject_id=subject_id))
 
 
-def _match(found: Found, is_calibrated: bool) -> Match:
-    candidate, fpir = found.candidate, found.fpir
+def _meaning(found: Found, level: str, entries: int, *, is_calibrated: bool) -> str:
     if not is_calibrated:
-        meaning = "the gallery is not calibrated: a score means nothing by itself"
-    elif fpir is None:
-        meaning = "below every calibrated threshold: take it as no match"
-    else:
-        meaning = f"a match at the threshold where {100 * fpir:g} % of strangers raise a false alarm"
+        return f"the gallery is not calibrated at level {level}: a score means nothing by itself"
+    if found.point is None:
+        return "below every calibrated threshold: take it as no match"
+    doubts = "; ".join(found.point.doubts(entries))
+    meaning = f"a match at the threshold where {100 * found.point.fpir:g} % of strangers raise a false alarm"
+    return f"{meaning} (uncertain: {doubts})" if doubts else meaning
+
+
+def _match(found: Found, meaning: str) -> Match:
     return Match(
-        rank=candidate.rank,
-        subject_id=candidate.subject_id,
-        entry_id=candidate.entry_id,
-        score=candidate.score,
-        fpir=fpir,
+        rank=found.candidate.rank,
+        subject_id=found.candidate.subject_id,
+        entry_id=found.candidate.entry_id,
+        score=found.candidate.score,
+        fpir=None if found.point is None else found.point.fpir,
         meaning=meaning,
     )

@@ -2,7 +2,18 @@
 
 from pydantic import BaseModel, Field
 
-__all__ = ["Comparison", "EnrolledEntry", "GalleryState", "Health", "Match", "Matches", "Problem", "Removed", "Status"]
+__all__ = [
+    "Comparison",
+    "EnrolledEntry",
+    "GalleryState",
+    "Health",
+    "Match",
+    "Matches",
+    "Problem",
+    "Removed",
+    "Status",
+    "Threshold",
+]
 
 
 class Problem(BaseModel):
@@ -29,7 +40,7 @@ class Matches(BaseModel):
     """The best candidates of a search."""
 
     matches: list[Match]
-    is_calibrated: bool = Field(description="whether the gallery has thresholds")
+    is_calibrated: bool = Field(description="whether the gallery has thresholds for this level")
 
 
 class Comparison(BaseModel):
@@ -52,6 +63,15 @@ class Removed(BaseModel):
     entries: int
 
 
+class Threshold(BaseModel):
+    """A calibrated rate of false alarms."""
+
+    fpir: float = Field(description="share of searches for a stranger that give any candidate")
+    score: float = Field(description="accepted is what scores higher")
+    level: str = Field(description="`entry` holds for `subject` too")
+    doubts: list[str] = Field(description="why it may not hold: too few strangers, another number of entries by now")
+
+
 class GalleryState(BaseModel):
     """What is searched, and with what."""
 
@@ -62,7 +82,7 @@ class GalleryState(BaseModel):
     index: str
     model: str
     image_size: int = Field(description="side of an aligned crop, pixels")
-    thresholds: dict[str, float] = Field(description="calibrated false-positive rate -> threshold")
+    thresholds: list[Threshold] = Field(description="of every calibrated rate and level")
     detects_faces: bool = Field(description="whether photographs that are not aligned are accepted")
 
 

@@ -18,7 +18,7 @@ from launch.serve.uploads import Detector, face_from_upload
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from retrieval.gallery import Candidate, Gallery, Level
+    from retrieval.gallery import Calibration, Candidate, Gallery, Level
 
 __all__ = ["ConflictError", "Enrolled", "FaceService", "Found", "NotEnrolledError"]
 
@@ -40,7 +40,7 @@ class Found:
     """One candidate and what its score means."""
 
     candidate: "Candidate"
-    fpir: float | None  #: lowest calibrated false-positive rate at which it is accepted; None: at none
+    point: "Calibration | None"  #: of the lowest calibrated false-positive rate at which it is accepted; None: at none
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class FaceService:
         if len(self._gallery) == 0:
             raise ConflictError("The gallery is empty; enrol someone first.")
         (candidates,) = _answers([self._searching.submit(_Search(self.embed(face), top, level))])
-        return [Found(candidate, self._gallery.fpir_of(candidate.score, level)) for candidate in candidates]
+        return [Found(candidate, self._gallery.strictest(candidate.score, level)) for candidate in candidates]
 
     def compare(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
         """Cosine of two faces."""

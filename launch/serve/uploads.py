@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aroface.align import align_face
+from aroface.contract import ARCFACE_TEMPLATE_112
 from aroface.errors import DataError
 from aroface.images import decode_rgb, resize_face
 
@@ -16,6 +17,7 @@ __all__ = ["MAX_PIXELS", "Detector", "UnsupportedImageError", "face_from_upload"
 #: Pixels of an uploaded image at the most; 12 megapixels are a phone's photograph.
 MAX_PIXELS = 12_000_000
 _SMALLEST_SIDE = 16
+_FLATTEST = 0.02  # spread of landmarks across their main direction, over the spread along it
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _PNG_SIZE = struct.Struct(">II")
 
@@ -97,7 +99,7 @@ def parse_landmarks(text: str | None) -> NDArray[np.float64] | None:
     """`[[x, y], ...]` of five landmarks as an array; None for None or an empty text.
 
     Raises:
-        DataError: anything else.
+        DataError: anything else, points on one line, or a mirrored face.
     """
     if not text:
         return None
@@ -112,4 +114,20 @@ def parse_landmarks(text: str | None) -> NDArray[np.float64] | None:
             f"landmarks = {text[:80]!r}: five [x, y] in pixels are needed, of left eye, right eye, nose, left and "
             f"right mouth corner, such as {example}."
         )
+    _check_shape(points)
     return points
+
+
+def _check_shape(points: NDArray[np.float64]) -> None:
+    """Refuse what no similarity brings near the template: points on a line, and a mirrored face."""
+    centred = points - points.mean(0)
+    longest, shortest = np.linalg.svd(centred, compute_uv=False)
+    if shortest <= _FLATTEST * longest:
+        raise DataError("landmarks: the five points lie on one line or at one place; a face has them apart.")
+    source = centred @ [1, 1j]
+    target = (ARCFACE_TEMPLATE_112 - ARCFACE_TEMPLATE_112.mean(0)) @ [1, 1j]
+    if abs(source @ target) > abs(np.conj(source) @ target):  # the least-squares fits with and without a reflection
+        raise DataError(
+            "landmarks: the face is mirrored. Left and right are meant as seen in the picture: the left eye and mouth "
+            "corner are those with the smaller x in an upright face."
+        )

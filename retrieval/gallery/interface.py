@@ -206,9 +206,15 @@ class FaceGallery(ABC):
         """
         return tuple(p for p in self.info.calibration if (p.level == "pooled") == (level == "pooled"))
 
+    def strictest(self, score: float, level: Level) -> Calibration | None:
+        """The threshold of the lowest rate, calibrated for `level`, at which `score` is accepted; None if at none."""
+        passed = [point for point in self.calibration_at(level) if score > point.threshold]
+        return min(passed, key=lambda point: point.fpir, default=None)
+
     def fpir_of(self, score: float, level: Level) -> float | None:
-        """The lowest false-positive rate, calibrated for `level`, at which `score` is accepted; None if at none."""
-        return min((point.fpir for point in self.calibration_at(level) if score > point.threshold), default=None)
+        """Its false-positive rate."""
+        point = self.strictest(score, level)
+        return None if point is None else point.fpir
 
     def check_model(self, model_id: str | None, contract: InputContract | None) -> None:
         """Refuse embeddings that are known to come from another model than those enrolled.

@@ -76,6 +76,11 @@ class Calibration(BaseModel):
         """At least 30 false alarms stand behind the rate."""
         return self.k >= MIN_SUPPORTED
 
+    def doubts(self, count: int) -> list[str]:
+        """Why the threshold may not hold in a gallery of `count` entries, in words."""
+        found = [] if self.is_supported else [f"not supported: {self.k} false alarms allowed, {MIN_SUPPORTED} needed"]
+        return found if self.count == count else [*found, f"{self.count} entries then, {count} now"]
+
 
 @dataclass(frozen=True)
 class GalleryInfo:

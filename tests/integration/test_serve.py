@@ -1,4 +1,7 @@
-"""The running service: bad clients, ten thousand garbage requests, a signal; and its page in a real browser."""
+"""The running service: bad clients, ten thousand garbage requests, a signal; and its page in a real browser.
+
+AROFACE_SCREENSHOTS=FOLDER keeps pictures of the page there.
+"""
 
 import base64
 import os
@@ -265,6 +268,8 @@ def test_the_page_searches_enrols_and_deletes(own_copy, drawn_faces, browser, tm
 
         browser.find_element(By.ID, "camera").click()
         wait(browser, lambda b: text(b, "camera") == "Take it" and b.find_element(By.ID, "guide").is_displayed())
+        for button in ("search", "enrol-button"):  # the face chosen before is hidden now
+            assert not browser.find_element(By.ID, button).is_enabled()
         screenshot(browser, "camera")
         browser.find_element(By.ID, "camera").click()
         wait(browser, lambda b: b.find_element(By.ID, "preview").is_displayed())
@@ -300,7 +305,7 @@ def drop(browser, path):
 
 
 def screenshot(browser, name):
-    """Kept where AROFACE_SCREENSHOTS names a folder, for a look at the page."""
+    """Kept in the folder that the environment variable AROFACE_SCREENSHOTS names, for a look at the page."""
     folder = os.environ.get("AROFACE_SCREENSHOTS")
     if folder:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))

@@ -91,7 +91,8 @@ async function refreshGallery() {
   at("key-form").hidden = true;
   const subjects = gallery.subjects === null ? "" : ` of ${gallery.subjects} subjects`;
   at("gallery").textContent = `${gallery.entries} entries${subjects} · ${gallery.model} · index ${gallery.index}`;
-  const found = Object.entries(gallery.thresholds).map(([fpir, score]) => `${score.toFixed(3)} at ${100 * fpir} % false alarms`);
+  const found = gallery.thresholds.map(({ fpir, score, level, doubts }) =>
+    `${score.toFixed(3)} at ${+(100 * fpir).toPrecision(6)} % false alarms${level === "pooled" ? ", pooled" : ""}${doubts.length ? ` (uncertain: ${doubts.join("; ")})` : ""}`);
   at("thresholds").textContent = found.length ? `Thresholds: ${found.join(", ")}` : "Not calibrated: scores have no meaning by themselves (aroface gallery calibrate).";
 }
 
@@ -114,6 +115,8 @@ async function camera() {
   await at("video").play();
   showCamera(true);
   at("preview").hidden = at("hint").hidden = true;
+  face = null; // the one chosen before is hidden now: nobody shall search or enrol it unseen
+  at("search").disabled = at("enrol-button").disabled = true;
   at("camera").textContent = "Take it";
   say("Bring eyes, nose and mouth corners to the dots, then take it.");
 }

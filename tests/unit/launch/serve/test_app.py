@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from aroface.contract import ARCFACE_TEMPLATE_112
 from aroface.errors import ConfigError, DataError
-from launch.cmd_serve import _access_key
+from launch.cmd_serve import _access_key, _directory
 from launch.serve import service as service_module
 from launch.serve.app import create_app
 from launch.serve.guard import GuardSettings, is_loopback
@@ -208,7 +208,38 @@ def test_scores_get_the_meaning_that_was_calibrated(client, gallery):
         assert mate["matches"][3]["fpir"] is None
         assert "below every calibrated threshold" in mate["matches"][3]["meaning"]
         thresholds = client.get("/v1/gallery").json()["thresholds"]
-        assert thresholds == {f"{p.fpir:g}": p.threshold for p in calibrated.info.calibration}
+        assert [(t["fpir"], t["score"], t["level"]) for t in thresholds] == [
+            (p.fpir, p.threshold, "entry") for p in calibrated.info.calibration
+        ]
+        few = f"not supported: {calibrated.info.calibration[0].k} false alarms allowed, 30 needed"
+        assert [t["doubts"] for t in thresholds] == [[few], []]  # the second allows 30
+        assert f"(uncertain: {few})" in mate["matches"][0]["meaning"]
+        count = len(calibrated)
+        client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": "new"})
+        for threshold in client.get("/v1/gallery").json()["thresholds"]:
+            assert threshold["doubts"][-1] == f"{count} entries then, {count + 1} now"
+
+
+def test_a_level_without_a_calibration_says_that_there_is_none(gallery):
+    strangers = PixelEmbedder().embed(np.stack([face(seed) for seed in range(100, 140)]))
+    subjects = np.array([f"stranger-{i}" for i in range(40)])
+    calibrated = gallery.calibrate(EmbeddingSet(strangers, subjects), [0.5], level="entry")
+    service = FaceService(PixelEmbedder(), calibrated, ServiceStats())
+    with TestClient(create_app(service, GuardSettings(KEY)), headers=HEADERS) as client:
+        for level, is_calibrated in (("entry", True), ("subject", True), ("pooled", False)):
+            found = client.post("/v1/search", files={"image": image(1)}, data={"level": level}).json()
+            assert found["is_calibrated"] == is_calibrated
+            assert found["matches"][0]["score"] == pytest.approx(1, abs=1e-6)
+            assert (f"not calibrated at level {level}" in found["matches"][0]["meaning"]) != is_calibrated
+
+
+def test_every_answer_of_the_guard_and_of_another_writer_is_described(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    for methods in paths.values():
+        for operation in methods.values():
+            assert {"400", "403", "408", "413", "503"} <= operation["responses"].keys()
+    assert "409" in paths["/v1/entries"]["delete"]["responses"]
+    assert "409" in paths["/v1/subjects"]["delete"]["responses"]
 
 
 def test_many_requests_at_once_give_the_answers_of_single_ones(client):
@@ -236,6 +267,13 @@ def test_many_requests_at_once_give_the_answers_of_single_ones(client):
         ({}, {"image": ("x.png", b"garbage", "image/png")}, 415, "neither JPEG nor PNG"),
         ({}, {"image": ("x.png", png(np.zeros((112, 112, 3), np.uint8)), "image/png")}, 422, "shows no face"),
         ({"landmarks": "[]"}, {"image": image(0)}, 422, "landmarks"),
+        ({"landmarks": "[[1,1],[2,2],[3,3],[4,4],[5,5]]"}, {"image": image(0)}, 422, "on one line"),
+        (
+            {"landmarks": json.dumps([[112 - x, y] for x, y in ARCFACE_TEMPLATE_112.tolist()])},
+            {"image": image(0)},
+            422,
+            "mirrored",
+        ),
         ({}, {"image": ("x.png", bytes(2 << 20), "image/png")}, 413, "limit of 1 MiB"),
     ],
 )
@@ -244,6 +282,17 @@ def test_bad_requests_are_told_what_is_wrong(client, fields, files, status, mess
     assert answer.status_code == status
     assert message in answer.json()["error"]
     assert client.post("/v1/search", files={"image": image(0)}).status_code == 200
+
+
+def test_an_id_that_is_too_long_is_counted_in_characters(client):
+    answers = [
+        client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": 201 * "x"}),
+        client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": "x", "entry_id": 201 * "x"}),
+        client.delete("/v1/entries", params={"entry_id": 201 * "x"}),
+    ]
+    for answer in answers:
+        assert answer.status_code == 422
+        assert "200 characters at the most, this one 201" in answer.json()["error"]
 
 
 def test_an_empty_gallery_says_so(client):
@@ -318,6 +367,12 @@ def test_the_key_file_is_checked(tmp_path):
     assert _access_key(path, needs_one=True, host="0.0.0.0") == KEY  # noqa: S104 - an address as text
     with pytest.raises(ConfigError, match="cannot be read"):
         _access_key(tmp_path / "missing", needs_one=True, host="localhost")
+
+
+def test_a_gallery_in_milvus_is_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match="gallery build"):
+        _directory("http://localhost:19530")
+    assert str(_directory("some/folder")) == "some/folder"
 
 
 def test_the_description_is_openapi(client):

@@ -76,7 +76,7 @@ def test_other_bytes_are_refused(data, kind, message):
 
 def test_landmarks_are_five_finite_points():
     assert parse_landmarks(None) is parse_landmarks("") is None
-    assert parse_landmarks("[[1,2],[3,4],[5,6],[7,8],[9,10]]").tolist()[4] == [9, 10]
+    assert parse_landmarks("[[1,2],[9,2],[5,6],[2,9],[9,10]]").tolist()[4] == [9, 10]
     for text in ("[]", "x", "[[1,2]]", "[[1,2],[3,4],[5,6],[7,8],[9,NaN]]", '{"a": 1}', "[" * 5000, "[[1e999,0]]"):
         with pytest.raises(DataError, match="left eye, right eye"):
             parse_landmarks(text)
