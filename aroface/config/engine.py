@@ -40,6 +40,11 @@ class EngineConfig(Section):
         True,
         description="batch norms of an IResNet fused with PReLU or residual in Triton, on GPUs; false: PyTorch's own",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="replay the attack's passes through the backbone from CUDA graphs, on GPUs: one launch instead of "
+        "thousands, for the memory of their activations",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: idle cores / ranks of the machine")
     timeout_s: float = Field(
         1800.0, gt=0, description="seconds that a rank waits for the others, or makes no step, before the job ends"

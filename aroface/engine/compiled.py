@@ -63,7 +63,9 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     """Buffers and the global random state are afterwards what they were before."""
     buffers = [buffer for module in modules for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]
-    with torch.random.fork_rng():
+    weights = [parameter for module in modules for parameter in module.parameters()]
+    gpus = {tensor.device.index for tensor in weights if tensor.is_cuda}  # not those of other ranks
+    with torch.random.fork_rng(devices=gpus):
         try:
             yield
         finally:

@@ -21,6 +21,7 @@ from aroface.config.schema import TrainConfig
 from aroface.distributed import all_reduce, limit_waiting
 from aroface.engine.compiled import compile_in_place
 from aroface.engine.deepspeed_settings import deepspeed_settings
+from aroface.engine.graphed import GraphedPasses, has_graphs
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ConfigError
 from aroface.models.norm import fuse_norms
@@ -120,6 +121,7 @@ class BackboneEngine:
         fuse_norms(self._backbone, is_wanted=config.engine.fused_norms)
         if config.engine.compile:
             compile_in_place(self._backbone)
+        self.graphed = self._with_graphs(config) if config.engine.cuda_graphs else None
         self._trained = {name: p for name, p in self._backbone.named_parameters() if p.requires_grad}
         # lr 0: DeepSpeed takes one step at start-up to create its state, which must not decay the weights.
         # fused: one pass over weights, gradients and momentum instead of four; the same numbers.
@@ -152,6 +154,18 @@ class BackboneEngine:
         synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
         return synced
 
+    def _with_graphs(self, config: TrainConfig) -> GraphedPasses:
+        if not has_graphs(self._device_type):
+            raise ConfigError("engine.cuda_graphs: true needs a GPU and this process trains on a CPU; set it to false.")
+        draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self._backbone.modules())
+        if config.alignment.release_compat and draws:
+            raise ConfigError(
+                "engine.cuda_graphs: true does not go with alignment.release_compat: true on a network with dropout, "
+                "whose attack draws random numbers; set model.dropout: 0 (or drop_path and mask_ratio), or "
+                "engine.cuda_graphs: false."
+            )
+        return GraphedPasses(self._backbone, lambda: self.autocast(is_cached=False))
+
     def _stepped(self) -> list[Tensor]:
         """The tensors that the optimiser steps: parameters, or this rank's flat partitions of them."""
         if self._stage == 3:
@@ -169,10 +183,20 @@ class BackboneEngine:
         module: nn.Module = self._engine.module
         return module
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Precision of the passes through `module`."""
+    def autocast(self, *, is_cached: bool = True) -> AbstractContextManager[object]:
+        """Precision of the passes through `module`; cached: weights are rounded once per context, not once per use."""
         dtype = _AUTOCAST.get(self._precision)
-        return torch.autocast(self._device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        return torch.autocast(
+            self._device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=is_cached
+        )
+
+    def beside(self, images: Tensor) -> Tensor:
+        """Embeddings of a pass beside the main one, which forms no gradient of a weight; replayed if so configured."""
+        if self.graphed is not None:
+            return self.graphed(images)
+        with self.autocast():
+            embeddings: Tensor = self.module(images)
+        return embeddings
 
     def __call__(self, images: Tensor) -> Tensor:
         """Embeddings of a training batch."""

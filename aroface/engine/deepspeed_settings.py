@@ -33,10 +33,11 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
 
     Raises:
         ConfigError: batch sizes that do not multiply out, a key in `engine.deepspeed_extra` that is unknown or ours, or
-            `engine.compile` where it cannot be.
+            `engine.compile` or `engine.cuda_graphs` where it cannot be.
     """
     accumulation = accumulation_steps(config, world_size)
     _check_compile(config)
+    _check_graphs(config)
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_batch,
         "train_micro_batch_size_per_gpu": config.batch.global_batch // (accumulation * world_size),
@@ -78,6 +79,35 @@ def _check_compile(config: TrainConfig) -> None:
             "engine.compile: true does not go with model.checkpoint_activations: true; the compiler keeps fewer "
             "activations by itself. Set one of the two to false."
         )
+
+
+def _check_graphs(config: TrainConfig) -> None:
+    engine, alignment = config.engine, config.alignment
+    if not engine.cuda_graphs:
+        return
+    for stands, what, do in (
+        (engine.zero_stage == 3, "engine.zero_stage = 3, whose weights come and go", "use stage 0, 1 or 2"),
+        (engine.batch_norm == "sync", "engine.batch_norm = sync, which talks to other ranks", "use local or frozen"),
+        (engine.compile, "engine.compile: true, whose code has not been recorded yet", "set engine.compile: false"),
+        (
+            config.model.checkpoint_activations,
+            "model.checkpoint_activations: true, whose second pass a graph cannot hold",
+            "set model.checkpoint_activations: false",
+        ),
+    ):
+        if stands:
+            raise ConfigError(
+                f"engine.cuda_graphs: true does not go with {what} inside a pass; {do}, or engine.cuda_graphs: false."
+            )
+    if alignment.kind in ("none", "random", "delayed") and not _has_clean_pass(config):
+        raise ConfigError(
+            f"engine.cuda_graphs: true has no effect with alignment.kind = {alignment.kind}, which makes no pass "
+            "beside the main one; set it to false, or use adversarial, elastic or best_of."
+        )
+
+
+def _has_clean_pass(config: TrainConfig) -> bool:
+    return config.alignment.kind != "none" and config.alignment.consistency_weight > 0
 
 
 def _checked_zero(value: Any) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +89,7 @@ class FaceTask:
         return self._output(batch, step=step, micro_step=micro_step, main_pass=self.engine)
 
     def rehearse(self, batch: Batch) -> None:
-        """Every pass of a step, forward and backward, that changes nothing: what `torch.compile` wants to see first.
+        """Every pass of a step, forward and backward, that changes nothing: what is compiled or recorded sees it first.
 
         Args:
             batch: as large as those that follow.
@@ -98,7 +97,7 @@ class FaceTask:
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
         with untouched(self.engine.module, self.head):
             # Not through DeepSpeed, whose hooks would take it for the beginning of a step.
-            output = self._output(batch, step=0, micro_step=0, main_pass=self._embed)
+            output = self._output(batch, step=0, micro_step=0, main_pass=self._main_pass)
             torch.autograd.grad(output.loss, trained)
 
     def _output(self, batch: Batch, *, step: int, micro_step: int, main_pass: Callable[[Tensor], Tensor]) -> StepOutput:
@@ -183,12 +182,14 @@ class FaceTask:
         return losses * self.engine.scaler.scale  # so that an fp16 gradient does not vanish; only its sign is used
 
     def _embed(self, images: Tensor) -> Tensor:
-        with self._autocast():
-            embeddings: Tensor = self.engine.module(images.contiguous(memory_format=self._layout))
-        return embeddings
+        """Of the adversary and of clean images; no gradient of a weight follows."""
+        return self.engine.beside(images.contiguous(memory_format=self._layout))
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return self.engine.autocast()
+    def _main_pass(self, images: Tensor) -> Tensor:
+        """The engine's, without the engine."""
+        with self.engine.autocast():
+            embeddings: Tensor = self.engine.module(images)
+        return embeddings
 
     def _generator(self, purpose: str, micro_step: int) -> torch.Generator:
         return derive_generator(self.config.seed, purpose, step=micro_step, rank=self._rank, device=self._device)

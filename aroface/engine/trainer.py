@@ -217,7 +217,7 @@ class Trainer:
                 write_best(self._run, self._best)
                 log = MetricsLog(self._run, resumed_step=self.position.step, tensorboard=config.log.tensorboard)
         self._engine.train()
-        self._compile()
+        self._warm_up()
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._watchdog)
@@ -236,16 +236,21 @@ class Trainer:
             if log:
                 log.close()
 
-    def _compile(self) -> None:
-        """Let the compiler have its minutes before the first step, on a batch of noise."""
-        if not self.config.engine.compile or self.position.step == self.total_steps:
+    def _warm_up(self) -> None:
+        """Let the compiler have its minutes and graphs be recorded before the first step, on a batch of noise."""
+        graphed = self._engine.graphed
+        if not (self.config.engine.compile or graphed) or self.position.step == self.total_steps:
             return
         side = self.config.model.image_size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (self._micro_batch, side, side, 3), dtype=torch.uint8, generator=generator)
         numbers = torch.arange(self._micro_batch)
         batch = Batch(images, numbers % self._data.num_classes, numbers)
-        warm_up(self._engine.backbone, lambda: self._task.rehearse(batch), is_told=self._rank == 0)
+        if graphed:
+            self._task.rehearse(batch)
+            graphed.settle(is_told=self._rank == 0)
+        else:
+            warm_up(self._engine.backbone, lambda: self._task.rehearse(batch), is_told=self._rank == 0)
 
     def request_stop(self) -> None:
         """Let `train` finish its step, save and return, on all ranks; a signal handler may call it, on any of them."""

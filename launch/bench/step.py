@@ -72,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logit-precision", choices=("fp32", "bf16"), default="fp32", help="of its products (%(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile for the backbone")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="replay the attack's passes from CUDA graphs, on a GPU"
+    )
     parser.add_argument("--plain-norms", action="store_true", help="batch norms by PyTorch instead of fused, on a GPU")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1, help="(%(default)s)")
     parser.add_argument(
@@ -264,8 +267,7 @@ class StepBench:
         clock.lap("normalise and augment")
 
         def losses(warped: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-            with engine.autocast():
-                embeddings = engine.module(warped.contiguous(memory_format=layout))
+            embeddings = engine.beside(warped.contiguous(memory_format=layout))
             return head.losses(embeddings, targets, step=0, update_statistics=False)
 
         with frozen_statistics(engine.module, "batch"):
@@ -335,6 +337,7 @@ def _config(args: argparse.Namespace, alignment: Mapping[str, Any]) -> "TrainCon
             "channels_last": not args.contiguous,
             "compile": args.compile,
             "fused_norms": not args.plain_norms,
+            "cuda_graphs": args.cuda_graphs,
             "zero_stage": args.zero_stage,
             "threads": args.threads,
         },

@@ -98,6 +98,7 @@ prepare() {
 
 part_1() {
   show=40 step doctor 90 aroface doctor
+  show=12 step graphs 90 python -m pytest -m gpu tests/gpu/test_graphs.py -q -p no:cacheprovider
   local classes
   for classes in 617970 93431 2059906; do
     show=16 step "head-$classes" 110 \
@@ -126,6 +127,7 @@ peer_steps() {
 
 part_2() {
   show=45 bench_step 100 512 617970 110 --profile "$out/profile.json.gz"
+  tag=-graphs bench_step 100 512 617970 75 --cuda-graphs
   peer_steps 100 130
   bench_step 50 512 617970 60
   tag=-fp16 bench_step 100 512 617970 60 --precision fp16

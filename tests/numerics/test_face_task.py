@@ -28,6 +28,9 @@ class PlainEngine:
     def autocast(self):
         return contextlib.nullcontext()
 
+    def beside(self, images):
+        return self.module(images)
+
     def __call__(self, images):
         self.seen.append(images)
         return self.module(images)
