@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroface import augment
@@ -89,6 +90,7 @@ def test_the_watch_sees_every_way_of_asking(monkeypatch):
         lambda: x.unique(),
         lambda: x.masked_select(x > 1),
         lambda: x.to("cpu", copy=True),
+        lambda: get_accelerator().synchronize(),
     ]
     for way in ways:
         asked = Asked(monkeypatch)
@@ -119,14 +121,20 @@ class Asked(TorchDispatchMode):
         super().__init__()
         self.places = []
         self._is_watching = False
-        for name in ("tolist", "cpu", "numpy"):
-            monkeypatch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+        accelerator = type(get_accelerator())
+        for owner, name in (
+            (torch.Tensor, "tolist"),
+            (torch.Tensor, "cpu"),
+            (torch.Tensor, "numpy"),
+            (accelerator, "synchronize"),
+        ):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
 
     def _counted(self, method):
-        def counted(tensor, *args, **options):
+        def counted(*args, **options):
             if self._is_watching:
                 self._note()
-            return method(tensor, *args, **options)
+            return method(*args, **options)
 
         return counted
 
