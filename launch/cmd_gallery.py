@@ -90,6 +90,12 @@ def _add_search(search: argparse.ArgumentParser) -> None:
         choices=("best", "pooled"),
         help="search the probes of one template (template_ids of the file) together: the best score of each, or fused",
     )
+    search.add_argument(
+        "--where",
+        metavar="FILTER",
+        help="only entries that match a filter of Milvus over entry_id, subject_id, norm and number, such as "
+        """'subject_id like "dept-7/%%"' (with --milvus only)""",
+    )
     search.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:0 or cuda:0,1 (%(default)s)")
     search.add_argument("--out", type=Path, metavar="R.json", help="all candidate lists as JSON")
 
@@ -174,6 +180,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _search(args: argparse.Namespace) -> None:
     from aroface.files import write_json
 
+    _check_where(args)
     gallery = open_gallery(args, device=args.device)
     probes = _read_enrolled(args.probes)
     threshold = _threshold(args, gallery)
@@ -189,8 +196,24 @@ def _search(args: argparse.Namespace) -> None:
             for name, candidates in zip(names, found, strict=True)
         ]
         head = {"gallery": gallery.info.name, "top": None if args.all else args.top, "level": args.level}
-        write_json(args.out, {**head, "templates": args.templates, "threshold": threshold, "searches": searches})
+        head |= {"templates": args.templates, "where": args.where, "threshold": threshold}
+        write_json(args.out, {**head, "searches": searches})
     _print_candidates(args, gallery, names, found)
+
+
+def _check_where(args: argparse.Namespace) -> None:
+    from aroface.errors import ConfigError
+
+    if args.where is None:
+        return
+    if not args.milvus:
+        raise ConfigError(
+            f"--where {args.where!r} is a filter of Milvus, and {args.gallery} is a directory, which has none. Leave "
+            "it away, or search a gallery of Milvus (--milvus)."
+        )
+    other = next((name for name, value in (("--templates", args.templates), ("--all", args.all)) if value), None)
+    if other is not None:
+        raise ConfigError(f"--where gives lists of --top candidates of single probes; leave {other} away.")
 
 
 def _found(
@@ -198,6 +221,7 @@ def _found(
 ) -> "tuple[list[str], list[list[Candidate]]]":
     """Names of the searches and their candidates."""
     from aroface.errors import ConfigError, DataError
+    from retrieval.gallery import MilvusGallery
 
     model = _model(probes)
     if args.templates:
@@ -215,6 +239,10 @@ def _found(
         )
         return list(lists), list(lists.values())
     names = [str(name) for name in (probes.keys if probes.keys is not None else range(len(probes)))]
+    if args.where is not None and isinstance(gallery, MilvusGallery):
+        return names, gallery.search_where(
+            *(probes.embeddings, args.where), top=args.top, level=args.level, threshold=threshold, **model
+        )
     if not args.all:
         return names, gallery.search(probes.embeddings, top=args.top, level=args.level, threshold=threshold, **model)
     if threshold is None:

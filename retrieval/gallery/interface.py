@@ -113,8 +113,6 @@ class FaceGallery(ABC):
         Raises:
             DataError: an empty gallery, a probe without direction, another dimension or model.
         """
-        if top < 1:
-            raise DataError(f"top = {top}; a candidate list has at least 1 entry.")
         return self._find(probes, Request(top, level == "subject", threshold), level, model_id, contract)
 
     def search_range(
@@ -241,12 +239,19 @@ class FaceGallery(ABC):
         model_id: str | None,
         contract: InputContract | None,
     ) -> list[list[Candidate]]:
+        rows = self._unit_probes(probes, model_id, contract)
+        return search_source(self._source(level), rows, request)
+
+    def _unit_probes(
+        self, probes: NDArray[np.floating[Any]], model_id: str | None, contract: InputContract | None
+    ) -> NDArray[np.float32]:
+        """(P, D) probes of length 1, after the checks that every search makes."""
         self.check_model(model_id, contract)
         if len(self) == 0:
             raise DataError(f"Gallery {self.info.name} is empty; enrol someone with `aroface gallery add`.")
         rows = np.atleast_2d(np.asarray(probes))
         check_embeddings(rows, self.info.dimension)
-        return search_source(self._source(level), as_unit(rows), request)
+        return as_unit(rows)
 
 
 def _templates(template_ids: ArrayLike, count: int) -> tuple[list[str], NDArray[np.int64]]:

@@ -200,17 +200,30 @@ class MilvusGallery(FaceGallery):
         return self
 
     def search_where(
-        self, probes: NDArray[np.floating[Any]], where: str, *, top: int, level: Level = "entry"
+        self,
+        probes: NDArray[np.floating[Any]],
+        where: str,
+        *,
+        top: int,
+        level: Level = "entry",
+        threshold: float | None = None,
+        model_id: str | None = None,
+        contract: InputContract | None = None,
     ) -> list[list[Candidate]]:
         """As `search`, among the entries that match a filter of Milvus, such as `subject_id like "dept-7/%"`.
 
-        The fields are entry_id, subject_id, norm and number.
+        The fields are entry_id, subject_id, norm and number. A filter that matches nobody gives empty lists.
+
+        Raises:
+            DataError: as `search`.
+            ConfigError: Milvus does not understand the filter, or the level is `pooled`.
         """
         if level == "pooled":
             raise ConfigError("A filter chooses entries; the level pooled has none. Search entries or subjects.")
-        rows = np.atleast_2d(np.asarray(probes))
-        check_embeddings(rows, self._dimension)
-        return search_source(self._milvus_source(where), as_unit(rows), Request(top, level == "subject"))
+        request = Request(top, level == "subject", threshold)
+        rows = self._unit_probes(probes, model_id, contract)
+        source = self._milvus_source(where, self._count_matches(where))
+        return search_source(source, rows, request) if source.count else [[] for _ in rows]
 
     def has_subjects(self, subject_ids: ArrayLike) -> NDArray[np.bool_]:
         """See `FaceGallery`."""
@@ -241,6 +254,18 @@ class MilvusGallery(FaceGallery):
         """Enrolled entries."""
         return self._count("")
 
+    def _count_matches(self, where: str) -> int:
+        from pymilvus.exceptions import MilvusException
+
+        try:
+            return self._count(where)
+        except MilvusException as error:
+            reason = str(error.message).partition("\n")[0]
+            raise ConfigError(
+                f"Milvus refuses the filter {where!r}: {reason}. The fields are entry_id, subject_id, norm and "
+                """number; an example: subject_id like "dept-7/%"."""
+            ) from error
+
     def _count(self, where: str) -> int:
         answer = self._query(where, ["count(*)"])
         return int(answer[0]["count(*)"])
@@ -267,14 +292,14 @@ class MilvusGallery(FaceGallery):
     def _source(self, level: Level) -> Source:
         if level == "pooled":
             return pooled_source(stored_entries(self._client, self.collection, self.consistency), self._dimension)
-        return self._milvus_source("")
+        return self._milvus_source("", len(self))
 
-    def _milvus_source(self, where: str) -> MilvusSource:
+    def _milvus_source(self, where: str, count: int) -> MilvusSource:
         return MilvusSource(
             self._client,
             self.collection,
             self._dimension,
-            self._count(where),
+            count,
             is_exact=self._index == "flat",
             where=where,
             consistency=self.consistency,

@@ -66,6 +66,11 @@ class Request:
     by_subject: bool = False  #: keep the best entry of each subject
     threshold: float | None = None  #: leave out candidates that do not score higher
 
+    def __post_init__(self) -> None:
+        """Refuse a list that holds nobody."""
+        if self.top is not None and self.top < 1:
+            raise DataError(f"top = {self.top}; a candidate list has at least 1 entry.")
+
 
 def rounding_bound(dimension: int) -> float:
     """Bound on the difference of two float32 inner products of the same two unit vectors."""

@@ -37,7 +37,7 @@ def check_embeddings(embeddings: NDArray[Any], dimension: int | None) -> None:
 
 
 def check_ids(
-    subject_ids: ArrayLike, entry_ids: ArrayLike, count: int, taken: Collection[str]
+    subject_ids: ArrayLike, entry_ids: ArrayLike, count: int, taken: Collection[str], earlier: Collection[str] = ()
 ) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
     """Subject ids and entry ids as text.
 
@@ -46,6 +46,7 @@ def check_ids(
         entry_ids: one for each embedding.
         count: embeddings.
         taken: entry ids that are enrolled and may not be given again.
+        earlier: entry ids that came before in the same input.
 
     Raises:
         ShapeError: another number of ids.
@@ -56,11 +57,16 @@ def check_ids(
         if values.shape != (count,):
             raise ShapeError(f"{values.shape} {what} for {count} embeddings; one for each is needed.")
     unique, counts = np.unique(names, return_counts=True)
-    repeated = sorted({*unique[counts > 1].tolist(), *taken})
+    repeated = sorted({*unique[counts > 1].tolist(), *earlier})
     if repeated:
         raise DataError(
-            f"Entry ids {listed(repeated)} occur more than once; an entry id names one entry. Remove the enrolled one "
-            "first, replace it (upsert), or give the new one another id."
+            f"Entry ids {listed(repeated)} occur more than once in the input; an entry id names one entry. Give each "
+            "entry an id of its own, or leave out those that are given twice."
+        )
+    if taken:
+        raise DataError(
+            f"Entry ids {listed(sorted(taken))} are enrolled already; an entry id names one entry. Replace them "
+            "(--upsert), remove them first, or give the new ones other ids."
         )
     return subjects, names
 

@@ -79,7 +79,10 @@ def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: A
         (["search", gallery, "--probes", mates, "--all"], "give --threshold or --fpir"),
         (["search", gallery, "--probes", strangers, "--templates", "best"], "has no template_ids"),
         (["search", gallery, "--probes", mates, "--device", "cuda:7"], "choose cpu"),
-        (["add", gallery, "--embeddings", strangers], "occur more than once"),
+        (
+            ["add", gallery, "--embeddings", strangers],
+            "are enrolled already; an entry id names one entry. Replace them (--upsert)",
+        ),
     ]:
         assert main(["gallery", *options]) == 2
         assert message in capsys.readouterr().err
@@ -97,10 +100,23 @@ def test_a_gallery_on_milvus(tmp_path: Path, capsys: Any) -> None:
         assert main(["gallery", "search", *place, "--probes", probes, "--out", out]) == 0
     found = [json.loads((tmp_path / name).read_text())["searches"] for name in ("1.json", "4.json")]
     assert found[0] == found[1]
+    out = str(tmp_path / "where.json")
+    assert (
+        main(["gallery", "search", *where, "--probes", probes, "--out", out, "--where", 'subject_id like "p1%"']) == 0
+    )
+    searches = json.loads(Path(out).read_text())["searches"]
+    assert {len(search["candidates"]) for search in searches} == {5}
+    assert {c["subject_id"][:2] for search in searches for c in search["candidates"]} == {"p1"}
     capsys.readouterr()
     assert main(["gallery", "info", *where]) == 0
     assert "39 entries, D = 16" in capsys.readouterr().out
+    search = ["--probes", probes, "--where", "norm > 0"]
     for options, message in [
+        (["search", *where, "--probes", probes, "--where", "nrm > 0"], "refuses the filter 'nrm > 0'"),
+        (["search", local, *search], "is a directory, which has none"),
+        (["search", *where, *search, "--all", "--threshold", "0"], "leave --all away"),
+        (["search", *where, *search, "--templates", "best"], "leave --templates away"),
+        (["search", *where, *search, "--level", "pooled"], "the level pooled has none"),
         (["compact", *where], "Milvus compacts by itself"),
         (["build", *where, "--embeddings", enrolled], "exists already"),
         (["info", *where[:2], "--collection", "none"], "There is no collection none"),

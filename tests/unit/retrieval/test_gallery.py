@@ -113,7 +113,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         gallery.search(_vectors(1, 8), top=1)
     with pytest.raises(DataError, match="have 8 dimensions, the gallery has 16"):
         gallery.add(_vectors(1, 8), ["e"])
-    with pytest.raises(DataError, match="Entry ids z occur more than once"):
+    with pytest.raises(DataError, match="Entry ids z are enrolled already"):
         gallery.add(_vectors(1), ["e"], ["z"])
     with pytest.raises(DataError, match="Entry ids q occur more than once"):
         gallery.add(_vectors(2), ["e", "f"], ["q", "q"])

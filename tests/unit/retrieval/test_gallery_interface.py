@@ -165,8 +165,9 @@ def test_bad_input_is_refused_and_changes_nothing(make: Maker) -> None:
         (lambda: gallery.add(_vectors(1)[:, :8], ["e"]), "have 8 dimensions, the gallery has 16"),
         (lambda: gallery.add(nan, ["e", "f"]), "Rows 1 of the embeddings have no direction"),
         (lambda: gallery.search(nan, top=1), "Rows 1 of the embeddings have no direction"),
-        (lambda: gallery.add(_vectors(1), ["e"], ["z"]), "Entry ids z occur more than once"),
-        (lambda: gallery.add(_vectors(2), ["e", "f"], ["q", "q"]), "Entry ids q occur more than once"),
+        (lambda: gallery.add(_vectors(1), ["e"], ["z"]), "Entry ids z are enrolled already.*--upsert"),
+        (lambda: gallery.add(_vectors(2), ["e", "f"], ["q", "q"]), "Entry ids q occur more than once in the input"),
+        (lambda: gallery.add(_vectors(3), ["e", "f", "g"], ["q", "q", "z"]), "Entry ids q occur more than once in"),
         (lambda: gallery.add(_vectors(2), ["e", "f"], ["q", "q"], upsert=True), "Entry ids q occur more than once"),
         (lambda: gallery.search(_vectors(1), top=1, model_id="m2"), "model m1; these are of m2"),
         (lambda: gallery.add(_vectors(1), ["e"], ["q"], contract=BGR), "embed both with the same one"),
@@ -303,6 +304,36 @@ def test_milvus_kinds_filters_and_what_is_kept(milvus: str, index: Any) -> None:
         assert row % 3 != 1 or there[0].entry_id == str(row)
     with pytest.raises(ConfigError, match="the level pooled has none"):
         gallery.search_where(probes, "", top=1, level="pooled")
+    gallery.close()
+
+
+def test_milvus_filters_are_checked_as_other_searches_are(milvus: str) -> None:
+    gallery = MilvusGallery.build(milvus, _vectors(30), np.arange(30) // 3, model_id="m1", contract=RGB)
+    probes = _vectors(2, seed=1)
+    assert gallery.search_where(probes, 'subject_id == "nobody"', top=3) == [[], []]
+    assert gallery.search_where(probes, "", top=3) == gallery.search(probes, top=3)
+    anyone = gallery.search(probes[0], top=30)[0]
+    low = anyone[9].score
+    above = gallery.search_where(probes[0], "norm > 0", top=30, threshold=low, model_id="m1", contract=RGB)[0]
+    assert above == anyone[: len(above)]
+    assert len(above) == 9
+    best = gallery.search_where(probes, 'subject_id in ["1", "2"]', top=9, level="subject")
+    assert [sorted(c.subject_id for c in found) for found in best] == [["1", "2"], ["1", "2"]]
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"top": 0}, "at least 1 entry"),
+        ({"model_id": "m2"}, "model m1; these are of m2"),
+        ({"contract": BGR}, "embed both with the same one"),
+    ]
+    for options, message in refusals:
+        with pytest.raises(DataError, match=message):
+            gallery.search_where(probes, "norm > 0", **{"top": 1, **options})
+    for wrong in ('subject_id lke "x"', "nobody == 1", "norm >"):
+        with pytest.raises(ConfigError, match="refuses the filter.*an example: subject_id like") as caught:
+            gallery.search_where(probes, wrong, top=1)
+        assert wrong in str(caught.value)
+    gallery.remove(subject_ids=[str(i) for i in range(10)])
+    with pytest.raises(DataError, match="is empty; enrol someone"):
+        gallery.search_where(probes, "norm > 0", top=1)
     gallery.close()
 
 
