@@ -14,7 +14,7 @@ from export.embedder import ExportedEmbedder
 from export.engine_record import BatchProfile, EngineRecord, read_engine_record
 from export.tensorrt_probe import require_tensorrt
 
-__all__ = ["TensorRtEmbedder", "choose_profile", "make_logger", "open_engine"]
+__all__ = ["TensorRtEmbedder", "choose_profile", "make_logger", "new_stream", "open_engine"]
 
 
 class TensorRtEmbedder(ExportedEmbedder):
@@ -33,7 +33,7 @@ class TensorRtEmbedder(ExportedEmbedder):
     def __init__(self, plan: bytes, record: EngineRecord, *, name: str, batch_size: int = 64) -> None:
         trt = importlib.import_module("tensorrt")
         logger, messages = make_logger(trt)
-        self._stream = _new_stream()
+        self._stream = new_stream()
         with self._stream:  # an engine belongs to the GPU that is current when it is loaded
             self._runtime_of_engine = trt.Runtime(logger)  # must outlive the engine
             self._engine = self._runtime_of_engine.deserialize_cuda_engine(plan)
@@ -156,5 +156,6 @@ class _CudaStream:
         self._guard.__exit__(*error)
 
 
-def _new_stream() -> _CudaStream:
+def new_stream() -> _CudaStream:
+    """A stream on the GPU of the local rank; inside it that GPU is the current one."""
     return _CudaStream()

@@ -24,7 +24,7 @@ from export.engine_record import ENGINE_FORMAT_VERSION, BatchProfile, EngineReco
 from export.metadata import ModelMetadata, Precision
 from export.parity import ParityReport, check_parity
 from export.tensorrt_probe import GpuState, require_tensorrt
-from export.tensorrt_runtime import TensorRtEmbedder, make_logger
+from export.tensorrt_runtime import TensorRtEmbedder, make_logger, new_stream
 from export.to_onnx import MIN_BF16_OPSET_VERSION, MIN_OPSET_VERSION, OPSET_VERSION
 
 __all__ = ["DEFAULT_PROFILES", "EngineExport", "EngineSettings", "build_plan", "export_tensorrt", "opset_for"]
@@ -106,12 +106,17 @@ def opset_for(tensorrt_release: str, precision: Precision) -> int:
 
 
 def build_plan(serialized_onnx: bytes, metadata: ModelMetadata, settings: EngineSettings) -> bytes:
-    """The serialised engine.
+    """The serialised engine, built for the GPU of the local rank: the one that would run it.
 
     Raises:
         ExportError: TensorRT cannot read the graph, or builds nothing of it.
     """
     trt = importlib.import_module("tensorrt")
+    with new_stream():  # a builder belongs to the GPU that is current when it is made, and times kernels there
+        return _build(trt, serialized_onnx, metadata, settings)
+
+
+def _build(trt: Any, serialized_onnx: bytes, metadata: ModelMetadata, settings: EngineSettings) -> bytes:
     logger, messages = make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -103,7 +103,8 @@ def test_an_engine_by_a_stand_in_for_tensorrt(
 ) -> None:
     """The whole way of the command: checkpoint or ONNX file, engine and record, and the engine as a model."""
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_stand_in)
-    monkeypatch.setattr(export.tensorrt_runtime, "_new_stream", tensorrt_stand_in.Stream)
+    for module in (export.to_tensorrt, export.tensorrt_runtime):
+        monkeypatch.setattr(module, "new_stream", tensorrt_stand_in.Stream)
     for module in (export.to_tensorrt, export.tensorrt_runtime, export.tensorrt_probe):
         monkeypatch.setattr(module, "require_tensorrt", lambda: GpuState("11.4.0.106", "Stand-in 1", "9.0", "13.0"))
     run, faces = str(place / "run"), str(place / "faces")

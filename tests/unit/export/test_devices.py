@@ -12,11 +12,13 @@ import torch
 
 import export.tensorrt_probe
 import export.tensorrt_runtime
+import export.to_tensorrt
 from aroface.devices import own_device, own_gpu
 from export.engine_record import BatchProfile
 from export.metadata import ModelMetadata
 from export.runtime import OnnxEmbedder
 from export.tensorrt_runtime import TensorRtEmbedder
+from export.to_tensorrt import EngineSettings, build_plan
 from tests.helpers import tensorrt_stand_in as stand_in
 
 Start = Callable[..., None]
@@ -93,7 +95,7 @@ def test_the_stream_of_tensorrt_is_on_it_and_so_is_the_probe(
 ) -> None:
     start(ranks)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7, device=device))
-    stream = export.tensorrt_runtime._new_stream()
+    stream = export.tensorrt_runtime.new_stream()
     assert stream.device == torch.device("cuda", gpu)
     assert stream._stream.device == stream.device
     commands: list[list[str]] = []
@@ -126,10 +128,54 @@ def test_an_engine_is_loaded_and_run_while_its_gpu_is_the_current_one(monkeypatc
 
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
     monkeypatch.setattr(stand_in.Runtime, "deserialize_cuda_engine", load)
-    monkeypatch.setattr(export.tensorrt_runtime, "_new_stream", Stream)
+    monkeypatch.setattr(export.tensorrt_runtime, "new_stream", Stream)
     model = SimpleNamespace(contract=None)
     record = SimpleNamespace(profiles=(BatchProfile.parse("1,2,4"),), model=model)
     embedder = TensorRtEmbedder(b"", record, name="e")  # type: ignore[arg-type]
     with pytest.raises(export.tensorrt_runtime.ExportError, match="too little memory"):
         embedder._run(torch.zeros(1, 4).numpy())
     assert seen == [("load", True), ("context", True)]
+
+
+@RANKS
+def test_an_engine_is_built_while_its_gpu_is_the_current_one(
+    start: Start, monkeypatch: pytest.MonkeyPatch, ranks: dict[str, str], gpu: int
+) -> None:
+    start(ranks)
+    current: list[int | None] = [None]
+    seen: list[tuple[str, int | None]] = []
+
+    class Guard:
+        def __init__(self, stream: Any) -> None:
+            self._index = stream.device.index
+
+        def __enter__(self) -> None:
+            current[0] = self._index
+
+        def __exit__(self, *error: object) -> None:
+            current[0] = None
+
+    class Builder(stand_in.Builder):
+        def __init__(self, logger: stand_in.ILogger) -> None:
+            seen.append(("builder", current[0]))
+            super().__init__(logger)
+
+        def build_serialized_network(self, network: Any, config: Any) -> stand_in.IHostMemory:
+            seen.append(("build", current[0]))
+            return stand_in.IHostMemory(b"plan")
+
+    class Parser:
+        def __init__(self, *_: object) -> None: ...
+
+        def parse(self, model: bytes) -> bool:
+            return True
+
+    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
+    monkeypatch.setattr(stand_in, "Builder", Builder)
+    monkeypatch.setattr(stand_in, "OnnxParser", Parser)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "stream", Guard)
+    metadata = SimpleNamespace(image_size=112, input_layout="uint8_nhwc", input_name="faces")
+    assert build_plan(b"", metadata, EngineSettings()) == b"plan"  # type: ignore[arg-type]
+    assert seen == [("builder", gpu), ("build", gpu)]
+    assert current == [None]

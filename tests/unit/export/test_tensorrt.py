@@ -48,8 +48,8 @@ def graph(precision: str = "fp32") -> onnx.ModelProto:
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT and a GPU, as far as our code can see."""
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
-    monkeypatch.setattr(export.tensorrt_runtime, "_new_stream", stand_in.Stream)
     for module in (export.to_tensorrt, export.tensorrt_runtime):
+        monkeypatch.setattr(module, "new_stream", stand_in.Stream)
         monkeypatch.setattr(module, "require_tensorrt", lambda: GPU)
     monkeypatch.setattr(stand_in.Builder, "seen", [])
 
