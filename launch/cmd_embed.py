@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     aligned.add_argument(
         "--landmarks", type=Path, metavar="FILE", help="align by these points (.csv, .json, or the .txt of IJB)"
     )
-    aligned.add_argument("--align", action="store_true", help="align by the points in the list that IMAGES is")
+    aligned.add_argument(
+        "--align", action="store_true", help="align by the points in the list that IMAGES is; not for shards"
+    )
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
     parser.add_argument(
@@ -121,10 +123,11 @@ class _Job:
         self.indices = select_images(self.faces, args.take)
         self._args = args
         self.metadata = {"images": str(args.images), "take": args.take}
-        if args.landmarks is not None or args.align:
-            self.metadata["aligned_by"] = "the list" if args.landmarks is None else args.landmarks.name
-        elif (packed := aligned_when_packed(faces)) is not None:
-            self.metadata["aligned_by"] = f"{packed}, when packed"
+        packed = aligned_when_packed(faces)
+        steps = [None if packed is None else f"{packed}, when packed", "the list" if args.align else None]
+        steps.append(None if args.landmarks is None else args.landmarks.name)
+        if any(steps):
+            self.metadata["aligned_by"] = "; ".join(step for step in steps if step)
 
     def embed(self, indices: Sequence[int], on_progress: "Callable[[int], None]", *, is_part: bool) -> "Extraction":
         """Some images, in that order."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aroface.align import align_face
-from aroface.errors import DataError
+from aroface.errors import ConfigError, DataError
 from aroface.images import decode_rgb
 from aroface.types import FaceSet
 from shards.dataset import ShardDataset
@@ -28,15 +28,23 @@ def open_face_set(
     Args:
         path: shards, a source of any layout, or one folder of images without identities.
         options: of the layout.
-        align: crop each image by the landmarks that its list tells.
+        align: crop each image by the landmarks that its list tells; shards and a plain folder have no list.
         as_stored: leave the faces of shards in the order of the shards, which reads them one after the other.
 
     Raises:
         DataError: nothing there, or of no known layout.
+        ConfigError: `align` for what has no landmarks.
     """
     if path.is_dir() and (path / MANIFEST_NAME).is_file():
-        return _ShardFaces(path, is_sorted=not as_stored)
+        shards = _ShardFaces(path, is_sorted=not as_stored)
+        if align:
+            known = shards.manifest.aligned_by
+            how = "not by any landmarks" if known is None else f"by {known}"
+            raise _no_list(path, f"shards, whose faces were aligned when they were packed, or never (here: {how})")
+        return shards
     if path.is_dir() and options is None and _is_flat(path):
+        if align:
+            raise _no_list(path, "a plain folder of images")
         return ImageFolder(path)
     return _SourceFaces(path, options, align=align)
 
@@ -69,6 +77,13 @@ def shard_of_rows(faces: FaceSet) -> Sequence[int] | None:
 def aligned_when_packed(faces: FaceSet) -> str | None:
     """The landmarks that faces in shards were cropped by when they were packed; None where nobody knows of any."""
     return faces.manifest.aligned_by if isinstance(faces, _ShardFaces) else None
+
+
+def _no_list(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"--align crops by the landmarks in a list of images, and {path} is {what}. Leave --align out to take the "
+        "faces as they are, name the list itself, or give the points with --landmarks FILE."
+    )
 
 
 def _is_flat(folder: Path) -> bool:

@@ -153,6 +153,10 @@ def test_shards_have_a_part_each_and_an_evaluation_reads_the_folder(place: Path,
     assert main([*pack, str(tmp_path / "aligned")]) == 0
     assert main([*embed, str(tmp_path / "aligned"), "--out", str(tmp_path / "aligned.npz")]) == 0
     assert read_embeddings(tmp_path / "aligned.npz").metadata["aligned_by"] == "given landmarks, when packed"
+    again = [str(tmp_path / "aligned"), "--landmarks", str(tmp_path / "points.csv")]
+    assert main([*embed, *again, "--out", str(tmp_path / "again")]) == 0
+    by_both = "given landmarks, when packed; points.csv"
+    assert read_embeddings(tmp_path / "again").metadata["aligned_by"] == by_both
     results = []
     for name in ("parts", "all.npz"):
         out = tmp_path / f"{name}.json"
@@ -160,6 +164,25 @@ def test_shards_have_a_part_each_and_an_evaluation_reads_the_folder(place: Path,
         assert main([*command, "--out", str(out)]) == 0
         results.append(json.loads(out.read_text())["metrics"]["rank_1"]["value"])
     assert results[0] == results[1]
+
+
+def test_align_is_refused_where_there_is_no_list(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flat").mkdir()
+    for number, face in enumerate(synthetic_faces(40, seed=7)[:2]):
+        (tmp_path / "flat" / f"{number}.jpg").write_bytes(encode_jpeg(face))
+    assert main(["pack", str(place / "faces"), str(tmp_path / "shards"), "--max-bad", "1"]) == 0
+    for images, said in (("shards", "aligned when they were packed"), ("flat", "is a plain folder of images")):
+        for out in ("out.npz", "parts"):
+            command = ["embed", str(place / "run"), str(tmp_path / images), "--align", "--out", str(tmp_path / out)]
+            capsys.readouterr()
+            assert main(command) == 2
+            error = capsys.readouterr().err
+            assert said in error
+            assert "Leave --align out" in error
+            assert "--landmarks FILE" in error
+            assert not (tmp_path / out).exists()
 
 
 def test_a_flat_folder_is_aligned_by_the_landmarks_of_ijb(place: Path, tmp_path: Path) -> None:
