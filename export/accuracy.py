@@ -78,7 +78,7 @@ def check_accuracy(reference: Embedder, exported: Embedder, gate: AccuracyGate) 
         gate: the measurement and its limits.
 
     Raises:
-        ExportError: a rate has fallen further than allowed.
+        ExportError: a rate has fallen further than allowed, or none is high enough to tell.
     """
     before, after = gate.measure(reference), gate.measure(exported)
     changes = tuple(MetricChange(name, before[name], after[name], _limit(name, gate.limits)) for name in before)
@@ -90,6 +90,13 @@ def check_accuracy(reference: Embedder, exported: Embedder, gate: AccuracyGate) 
             f"{', '.join(f'{entry.allowed_fall:g}' for entry in failed)}). No file was written. Calibrate on more "
             "faces of the kind the model will see (--calibration, --calibration-faces), take --precision fp16, or "
             "raise --max-rank1-drop, --max-tar-drop or --max-tpir-drop if the loss is acceptable."
+        )
+    if not any(entry.can_tell or entry.allowed_fall >= 1 for entry in changes):
+        rates = ", ".join(f"{entry.name} {entry.checkpoint:.4f}" for entry in changes)
+        raise ExportError(
+            f"{gate.set_name} cannot tell what the export costs: every rate of the checkpoint is so low that it could "
+            f"not fall further than allowed ({rates}). No file was written. Take an easier set or one with more people "
+            "(--accuracy-set), a higher rate or a trained checkpoint; --max-rank1-drop 1 waives the gate."
         )
     return AccuracyReport(gate.set_name, changes)
 

@@ -50,8 +50,9 @@ class ExportedEmbedder:
     @property
     def model_id(self) -> str:
         """Short name and hash of the exported checkpoint, with what was added on export."""
+        scales = "" if self.metadata.scales_sha256 is None else f"-{self.metadata.scales_sha256[:8]}"
         fused = "-flip" if self.metadata.flip_fusion else ""
-        return f"{self.metadata.model_id}-{self._runtime}-{self.metadata.precision}{fused}"
+        return f"{self.metadata.model_id}-{self._runtime}-{self.metadata.precision}{scales}{fused}"
 
     def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 RGB to (B, D) float32, un-normalised."""

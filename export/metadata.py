@@ -42,6 +42,7 @@ class ModelMetadata(BaseModel):
     flip_fusion: bool = Field(description="the embedding is the sum over the image and its mirror image")
     precision: Precision = Field(description="of the body of the network; the neck computes in fp32")
     quantisation: QuantisationTarget | None = Field(default=None, description="where the scales of int8 stand")
+    scales_sha256: str | None = Field(default=None, description="of the calibrated scales of int8")
 
     @property
     def contract(self) -> InputContract:

@@ -8,6 +8,7 @@ Convolutions and linear layers with constant weights are quantised, weights per 
 - `tensorrt`: activations int8, symmetric, in front of each layer only, as TensorRT wants them.
 """
 
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -25,7 +27,7 @@ from export.half_precision import neck_nodes
 from export.metadata import ModelMetadata, QuantisationTarget
 from export.preprocessing import prepare_batch
 
-__all__ = ["MIN_CALIBRATION_FACES", "quantise"]
+__all__ = ["MIN_CALIBRATION_FACES", "quantise", "scales_sha256"]
 
 #: Fewer do not show the range of the activations.
 MIN_CALIBRATION_FACES = 32
@@ -73,6 +75,17 @@ def quantise(
     del quantised.graph.value_info[:]
     _drop_repeated_types(quantised)
     return quantised
+
+
+def scales_sha256(proto: onnx.ModelProto) -> str:
+    """Hash of all scales and zero points, in the order of the graph: what calibration decides about the embeddings."""
+    values = {initializer.name: initializer for initializer in proto.graph.initializer}
+    digest = hashlib.sha256()
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            for name in node.input[1:]:
+                digest.update(onnx.numpy_helper.to_array(values[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _drop_repeated_types(proto: onnx.ModelProto) -> None:

@@ -32,7 +32,7 @@ from export.half_precision import to_half_precision
 from export.metadata import FORMAT_VERSION, InputLayout, ModelMetadata, Precision, QuantisationTarget
 from export.openvino_runtime import OpenVinoEmbedder
 from export.parity import ParityReport, check_parity
-from export.quantise import quantise
+from export.quantise import quantise, scales_sha256
 from export.runtime import OnnxEmbedder
 
 __all__ = [
@@ -163,6 +163,7 @@ def finish_onnx(
     if settings.precision == "int8":
         faces = np.empty((0, 1, 1, 3), np.uint8) if calibration is None else calibration
         proto = quantise(proto, metadata, faces, settings.quantisation)
+        metadata = metadata.model_copy(update={"scales_sha256": scales_sha256(proto)})
     elif settings.precision != "fp32":
         proto = to_half_precision(proto, settings.precision)
     _stamp(proto, metadata)

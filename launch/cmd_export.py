@@ -89,7 +89,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
             type=float,
             default=0.01,
             metavar="D",
-            help=f"how far {name} may fall; 0.01 is a percentage point (%(default)g)",
+            help=f"how far {name} may fall; 0.01 is a percentage point, 1 any fall (%(default)g)",
         )
 
 

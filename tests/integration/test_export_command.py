@@ -15,7 +15,7 @@ from shards.synthetic import write_synthetic
 from tests.helpers import tensorrt_stand_in
 from tests.helpers.checkpoints import write_checkpoint
 
-GATE = ["--far", "0.05", "--fpir", "0.1", "--max-rank1-drop", "0.5", "--max-tar-drop", "0.5", "--max-tpir-drop", "0.5"]
+GATE = ["--far", "0.05", "--fpir", "0.1", "--max-rank1-drop", "1", "--max-tar-drop", "1", "--max-tpir-drop", "1"]
 
 
 @pytest.fixture(scope="module")

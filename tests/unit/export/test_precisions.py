@@ -181,6 +181,29 @@ def test_a_rate_that_is_not_a_number_fails_and_a_gain_does_not() -> None:
     assert not tar["can_tell"]  # 0.5 % cannot fall by more than 1 %
 
 
+def test_a_set_on_which_no_rate_can_fall_is_refused() -> None:
+    values = iter([{"rank_1": 0.01, "tar@far=0.1": 0.0}, {"rank_1": 0.01, "tar@far=0.1": 0.0}])
+    waived = AccuracyGate(lambda embedder: {"rank_1": 0.01}, "s", AccuracyLimits(rank_1=1))
+    assert check_accuracy(reference(), reference(), waived).changes
+    with pytest.raises(ExportError, match=r"s cannot tell .*rank_1 0\.0100, tar@far=0\.1 0\.0000.*--accuracy-set"):
+        check_accuracy(reference(), reference(), AccuracyGate(lambda embedder: next(values), "s"))
+
+
+def test_other_scales_are_another_model(tmp_path: Path, traced_once: None) -> None:
+    def measure(embedder: Embedder) -> dict[str, float]:
+        return {"rank_1": 0.9}
+
+    ids = []
+    for number, faces in enumerate((FACES, FACES, FACES // 2)):
+        path = tmp_path / f"{number}.onnx"
+        gate = AccuracyGate(measure, "a set")
+        export_onnx(tiny_model(), path, FACES, CPU_INT8, calibration=faces, gate=gate)
+        ids.append(OnnxEmbedder(path).model_id)
+    assert ids[0] == ids[1] != ids[2]
+    assert ids[0].rpartition("-")[0] == ids[2].rpartition("-")[0]
+    assert ids[0].rpartition("-")[0].endswith("-onnx-int8")
+
+
 def test_damaged_files_are_refused_by_both_readers(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"not a model")
