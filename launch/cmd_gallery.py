@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from launch.evaluate_options import positive, rates
+from launch.evaluate_options import positive, rate, rates
 from launch.gallery_options import add_gallery, milvus_token, open_gallery
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _add_index(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--index", choices=_KINDS, default=default, help=f"how to search ({default or 'as before'}); flat is exact"
     )
-    parser.add_argument("--recall", type=float, default=0.98, metavar="R", help="recall@1 to reach (%(default)s)")
+    parser.add_argument("--recall", type=rate, default=0.98, metavar="R", help="recall@1 to reach (%(default)s)")
     parser.add_argument("--recall-probes", type=Path, metavar="P.npz", help="measure it with these, not drawn probes")
     parser.add_argument("--recall-sample", type=positive, default=4000, metavar="N", help="of them (%(default)s)")
 

@@ -17,6 +17,7 @@ __all__ = [
     "one_rate",
     "positive",
     "print_record",
+    "rate",
     "rates",
     "refuse_options",
     "whole",
@@ -51,6 +52,11 @@ def one_rate(text: str) -> RateList:
     if len(labels) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} holds {len(labels)} rates; here is one, such as {labels[0]}")
     return labels
+
+
+def rate(text: str) -> float:
+    """Parse one number in (0, 1]."""
+    return one_rate(text).values[0]
 
 
 def positive(text: str) -> int:

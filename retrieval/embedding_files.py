@@ -170,6 +170,8 @@ def _read_part(path: Path, rows: int, digest: str, start: int, values: NDArray[n
 
 def _read_file(path: Path, data: BinaryIO | None = None) -> EmbeddingSet:
     try:
+        if data is None and path.is_file() and not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("no zip archive, as every .npz is")
         with np.load(path if data is None else data, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 3
+_RESTORE = "Restore it from a copy, or build the gallery again."
 MANIFEST_NAME = "manifest.json"
 
 _CHECKSUM = "sha256"
@@ -206,17 +207,17 @@ def read_manifest(directory: Path) -> Manifest:
     """
     if not is_gallery(directory):
         raise DataError(f"{directory} is no gallery (no {MANIFEST_NAME} in it); make one with `aroface gallery build`.")
-    value = read_json(directory / MANIFEST_NAME)
+    try:
+        value = read_json(directory / MANIFEST_NAME)
+    except DataError as error:
+        raise DataError(f"{error} The gallery's manifest is damaged: {_RESTORE}") from error
     version = value.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(
             f"Gallery {directory} has format_version {version}; this aroface reads {FORMAT_VERSION}. Build it again."
         )
     if value.pop(_CHECKSUM, None) != _checksum(value):
-        raise DataError(
-            f"{directory / MANIFEST_NAME} is damaged: its checksum is not that of what it says. Restore it from a "
-            "copy, or build the gallery again."
-        )
+        raise DataError(f"{directory / MANIFEST_NAME} is damaged: its checksum is not that of what it says. {_RESTORE}")
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:

@@ -86,6 +86,9 @@ def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: A
     ]:
         assert main(["gallery", *options]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["gallery", "compact", gallery, "--recall", "2"])
+    assert "'2' is not a rate" in capsys.readouterr().err
 
 
 def test_a_gallery_on_milvus(tmp_path: Path, capsys: Any) -> None:

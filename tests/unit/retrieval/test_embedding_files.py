@@ -67,7 +67,7 @@ def test_missing_arrays_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist; `aroface embed` writes"):
         read_embeddings(tmp_path / "none.npz")
     (tmp_path / "t.npz").write_text("no archive")
-    with pytest.raises(DataError, match="cannot be read as an embedding file"):
+    with pytest.raises(DataError, match=r"cannot be read as an embedding file \(no zip archive"):
         read_embeddings(tmp_path / "t.npz")
 
 

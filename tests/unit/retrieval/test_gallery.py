@@ -168,7 +168,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
         damaged = bytearray(data)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="Build it again|build the gallery again|cannot be read as JSON"):
+        with pytest.raises(DataError, match="Build it again|build the gallery again"):
             read_manifest(tmp_path / "g")
     path.write_bytes(data)
     assert Gallery.open(tmp_path / "g").manifest == gallery.manifest
