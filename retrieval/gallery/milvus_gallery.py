@@ -330,9 +330,16 @@ def _connect(uri: str, token: str) -> Any:
             from pymilvus.exceptions import MilvusException
     except ImportError as error:
         raise ConfigError("Milvus needs the packages of `pip install aroface[milvus]`.") from error
+    # What they log as errors is raised as well, and told by us; that Milvus Lite starts and stops is nobody's concern.
+    for name in ("pymilvus", "milvus_lite", "grpc"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return MilvusClient(uri, token=token)
     except MilvusException as error:
+        if "://" not in uri:
+            raise ConfigError(
+                f"Milvus Lite cannot open {uri}: {error}. The file is damaged, no database of Milvus Lite, or in use."
+            ) from error
         raise ConfigError(f"Milvus at {uri} does not answer: {error}. Check the address and the token.") from error
 
 

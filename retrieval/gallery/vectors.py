@@ -37,7 +37,7 @@ def check_embeddings(embeddings: NDArray[Any], dimension: int | None) -> None:
 
 
 def check_ids(
-    subject_ids: ArrayLike, entry_ids: ArrayLike, count: int, taken: Collection[str], earlier: Collection[str] = ()
+    subject_ids: ArrayLike, entry_ids: ArrayLike, count: int, taken: Collection[str]
 ) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
     """Subject ids and entry ids as text.
 
@@ -46,7 +46,6 @@ def check_ids(
         entry_ids: one for each embedding.
         count: embeddings.
         taken: entry ids that are enrolled and may not be given again.
-        earlier: entry ids that came before in the same input.
 
     Raises:
         ShapeError: another number of ids.
@@ -57,7 +56,7 @@ def check_ids(
         if values.shape != (count,):
             raise ShapeError(f"{values.shape} {what} for {count} embeddings; one for each is needed.")
     unique, counts = np.unique(names, return_counts=True)
-    repeated = sorted({*unique[counts > 1].tolist(), *earlier})
+    repeated = unique[counts > 1].tolist()
     if repeated:
         raise DataError(
             f"Entry ids {listed(repeated)} occur more than once in the input; an entry id names one entry. Give each "

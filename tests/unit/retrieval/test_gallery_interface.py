@@ -337,6 +337,16 @@ def test_milvus_filters_are_checked_as_other_searches_are(milvus: str) -> None:
     gallery.close()
 
 
+def test_a_damaged_file_of_milvus_lite_is_told_without_a_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("milvus_lite")
+    (tmp_path / "m.db").write_text("no database")
+    with pytest.raises(ConfigError, match=r"cannot open .*m\.db.*damaged"):
+        MilvusGallery.open(str(tmp_path / "m.db"))
+    assert not caplog.records
+
+
 def test_milvus_leaves_the_handlers_of_others_open(tmp_path: Path) -> None:
     pytest.importorskip("milvus_lite")
     program = """
