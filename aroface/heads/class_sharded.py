@@ -18,7 +18,7 @@ from aroface.distributed import all_reduce, is_distributed
 from aroface.engine.seeding import derive_generator
 from aroface.errors import ConfigError
 from aroface.heads.exchange import gather_batch, own_rows, sum_over_ranks
-from aroface.heads.fused import check_fused, fused_terms
+from aroface.heads.fused import check_fused, fused_terms, is_fused_faster
 from aroface.heads.kinds import build_kind
 from aroface.heads.softmax import SoftmaxSettings, class_terms, plain_terms, target_cosines, unit_rows
 
@@ -26,7 +26,7 @@ __all__ = ["Reduction", "ShardedHead", "build_head", "class_range"]
 
 Reduction = Literal["mean", "none"]
 
-_TERMS = {"auto": class_terms, "plain": plain_terms, "chunked": class_terms, "triton": fused_terms}
+_TERMS = {"plain": plain_terms, "chunked": class_terms, "triton": fused_terms}
 _INIT_STD = 0.01
 _INIT_BLOCK = 4096
 #: So many classes are one chunk, whose logits the backward pass finds again instead of computing them anew.
@@ -50,6 +50,12 @@ def class_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]
     size, rest = divmod(num_classes, world_size)
     start = rank * size + min(rank, rest)
     return start, start + size + (rank < rest)
+
+
+def _implementation(config: HeadConfig, device: torch.device) -> str:
+    if config.implementation != "auto":
+        return config.implementation
+    return "triton" if is_fused_faster(config, device) else "chunked"
 
 
 def build_head(
@@ -145,7 +151,8 @@ class ShardedHead(nn.Module):
         config = self.config
         chunk = config.chunk_classes or _chunk_classes(len(weights), len(unit), weights.device.type)
         settings = SoftmaxSettings(config.logit_scale, chunk, config.logit_precision, rule)
-        negatives, cosines = _TERMS[config.implementation](unit, weights, local, settings)
+        terms = _TERMS[_implementation(config, weights.device)]
+        negatives, cosines = terms(unit, weights, local, settings)
         targets = torch.where(is_mine, config.logit_scale * self.kind.targets(cosines.clamp(-1, 1), norms), 0.0)
         extra = self.kind.regulariser(norms)
         if extra is not None:

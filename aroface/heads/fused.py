@@ -20,7 +20,7 @@ from aroface.heads.products import operand, product
 from aroface.heads.softmax import MIN_LENGTH, SoftmaxSettings, add_target_gradient, target_cosines, through_length
 from aroface.triton_runtime import is_interpreted, multiprocessors
 
-__all__ = ["check_fused", "fused_terms"]
+__all__ = ["check_fused", "fused_terms", "is_fused_faster"]
 
 
 class _Tiles(NamedTuple):
@@ -54,6 +54,17 @@ def check_fused(config: HeadConfig) -> None:
         raise ConfigError(
             f"head.implementation = triton leaves the negatives as they are, and head.{what} changes them; {use}."
         )
+
+
+def is_fused_faster(config: HeadConfig, device: torch.device) -> bool:
+    """Whether the kernels can be had there and were faster than chunks: in bf16 (docs/results/h200.md)."""
+    if device.type != "cuda" or config.logit_precision != "bf16":
+        return False
+    try:
+        check_fused(config)
+    except ConfigError:
+        return False
+    return True
 
 
 def fused_terms(

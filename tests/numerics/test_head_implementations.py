@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from aroface.config.head import HeadConfig
 from aroface.errors import ConfigError
-from aroface.heads import build_head, fused
+from aroface.heads import build_head, class_sharded, fused
 from tests.helpers.head_oracle import HEADS
 from tests.helpers.interpreter import run_in_interpreter
 
@@ -61,6 +61,25 @@ def test_triton_is_refused_where_it_cannot_be(monkeypatch, installed, name, mess
     monkeypatch.setattr(fused, "is_interpreted", lambda: False)
     with pytest.raises(ConfigError, match=message):
         head_of(name, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "device", "chosen"),
+    [
+        ("arcface", {"logit_precision": "bf16"}, "cuda", "triton"),
+        ("arcface", {"logit_precision": "bf16"}, "cpu", "chunked"),
+        ("arcface", {}, "cuda", "chunked"),
+        ("curricularface", {"logit_precision": "bf16"}, "cuda", "chunked"),
+        ("arcface", {"implementation": "plain"}, "cuda", "plain"),
+    ],
+)
+def test_auto_takes_what_was_faster(monkeypatch, name, settings, device, chosen):
+    config = TypeAdapter(HeadConfig).validate_python({"logit_scale": 16.0} | HEADS[name] | settings)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert class_sharded._implementation(config, torch.device(device)) == chosen
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no Triton
+    assert class_sharded._implementation(config, torch.device(device)) == chosen.replace("triton", "chunked")
 
 
 def test_fused_kernels_in_tritons_interpreter():
