@@ -6,6 +6,7 @@ interface, /metrics is for Prometheus.
 """
 
 import argparse
+import gc
 from pathlib import Path
 
 from launch.evaluate_options import positive
@@ -63,8 +64,15 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(gallery)} entries of {args.gallery}, {embedder.model_id}", flush=True)
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{shown}:{args.port}/  ({'access key needed' if key else 'no access key'}; Ctrl-C stops)", flush=True)
+    _freeze_what_stays()
     make_server(app, host=args.host, port=args.port).run()
     return 0
+
+
+def _freeze_what_stays() -> None:
+    """Search modules and settings for garbage no more: each full collection kept all answers waiting for it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _directory(gallery: str) -> Path:

@@ -1,5 +1,6 @@
 """The HTTP interface on a small gallery, through the whole application."""
 
+import gc
 import itertools
 import json
 import threading
@@ -19,7 +20,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from aroface.contract import ARCFACE_TEMPLATE_112
 from aroface.errors import ConfigError, DataError
-from launch.cmd_serve import _access_key, _directory
+from launch.cmd_serve import _access_key, _directory, _freeze_what_stays
 from launch.serve import service as service_module
 from launch.serve.app import create_app
 from launch.serve.guard import GuardSettings, is_loopback
@@ -367,6 +368,15 @@ def test_the_key_file_is_checked(tmp_path):
     assert _access_key(path, needs_one=True, host="0.0.0.0") == KEY  # noqa: S104 - an address as text
     with pytest.raises(ConfigError, match="cannot be read"):
         _access_key(tmp_path / "missing", needs_one=True, host="localhost")
+
+
+def test_what_is_there_at_the_start_is_not_collected_again():
+    before = gc.get_freeze_count()
+    try:
+        _freeze_what_stays()
+        assert gc.get_freeze_count() > before + 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_gallery_in_milvus_is_refused_with_what_to_do():
