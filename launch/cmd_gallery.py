@@ -121,27 +121,23 @@ def _build(args: argparse.Namespace) -> None:
     from retrieval.embedding_files import iterate_embeddings
     from retrieval.gallery import Gallery, MilvusGallery
 
+    parts = iterate_embeddings(args.embeddings)
+    first = next(parts)
+    usable = _usable(chain([first], parts), args.embeddings)
     if args.milvus:
-        enrolled = _read_enrolled(args.embeddings)
-        made: FaceGallery = MilvusGallery.build(
+        made: FaceGallery = MilvusGallery.build_from(
             args.gallery,
-            *(enrolled.embeddings, enrolled.subject_ids, enrolled.keys),
+            usable,
             collection=args.collection,
             index=args.index,
             consistency=args.consistency,
             token=milvus_token(),
             replace=args.replace,
-            **_model(enrolled),
+            **_model(first),
         )
     else:
-        parts = iterate_embeddings(args.embeddings)
-        first = next(parts)
         made = Gallery.build_from(
-            Path(args.gallery),
-            _usable(chain([first], parts), args.embeddings),
-            index=_wish(args, args.index),
-            replace=args.replace,
-            **_model(first),
+            Path(args.gallery), usable, index=_wish(args, args.index), replace=args.replace, **_model(first)
         )
     print(_summary(made))
 

@@ -7,11 +7,10 @@ sent in several messages and is not one transaction, and `consistency` is Milvus
 """
 
 import json
-import logging.config
 import re
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,7 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from aroface.contract import InputContract
 from aroface.errors import ConfigError, DataError
+from retrieval.embeddings import EmbeddingSet
+from retrieval.gallery.enrolment import Part, parts_of
 from retrieval.gallery.interface import FaceGallery
+from retrieval.gallery.milvus_connection import connect
 from retrieval.gallery.milvus_source import MilvusSource, among, pooled_source, stored_entries
 from retrieval.gallery.records import Calibration, Candidate, GalleryInfo, IndexKind, Level
 from retrieval.gallery.search import Request, Source, search_source
@@ -80,7 +82,7 @@ class MilvusGallery(FaceGallery):
             DataError: no such collection, or one of somebody else.
             ConfigError: no connection, or pymilvus is missing.
         """
-        client = _connect(uri, token)
+        client = connect(uri, token)
         if not client.has_collection(collection):
             client.close()
             raise DataError(
@@ -114,16 +116,54 @@ class MilvusGallery(FaceGallery):
             DataError: as `Gallery.build`; a collection that exists, without `replace`.
             ConfigError: an index kind that Milvus does not have under this name.
         """
+        part = Part(embeddings, subject_ids, entry_ids)
+        return cls._build(uri, [part], collection, index, model_id, contract, consistency, token, replace=replace)
+
+    @classmethod
+    def build_from(
+        cls,
+        uri: str,
+        sets: Iterable[EmbeddingSet],
+        *,
+        collection: str = "faces",
+        index: IndexKind = "flat",
+        model_id: str | None = None,
+        contract: InputContract | None = None,
+        consistency: Consistency = "Strong",
+        token: str = "",
+        replace: bool = False,
+    ) -> Self:
+        """Make a collection of embedding sets that come one after the other; only one of them is in memory at a time.
+
+        Rows that failed to enrol are left out; keys become entry ids. Other arguments and errors as `build`.
+        """
+        parts = (part for one in sets for part in parts_of(one))
+        return cls._build(uri, parts, collection, index, model_id, contract, consistency, token, replace=replace)
+
+    @classmethod
+    def _build(
+        cls,
+        uri: str,
+        parts: Iterable[Part],
+        collection: str,
+        index: IndexKind,
+        model_id: str | None,
+        contract: InputContract | None,
+        consistency: Consistency,
+        token: str,
+        *,
+        replace: bool,
+    ) -> Self:
         if index not in _INDEXES:
             raise ConfigError(f"index {index} is not offered on Milvus; choose from {', '.join(_INDEXES)}.")
         if not _NAME.fullmatch(collection):
             raise ConfigError(f"collection {collection!r}: letters, digits and underscores only, no digit first.")
-        check_embeddings(embeddings, None)
-        if len(embeddings) == 0:
+        stream = iter(parts)
+        first = next(stream, None)
+        if first is None or not len(first.embeddings):
             raise DataError(f"Gallery {uri}: there is no embedding to enrol; give at least one.")
-        count = len(embeddings)
-        subjects, names = _checked_ids(subject_ids, np.arange(count) if entry_ids is None else entry_ids, count, ())
-        client = _connect(uri, token)
+        check_embeddings(first.embeddings, None)
+        client = connect(uri, token)
         if client.has_collection(collection) and not replace:
             client.close()
             raise DataError(
@@ -131,7 +171,7 @@ class MilvusGallery(FaceGallery):
             )
         settings = {
             "index": index,
-            "dimension": embeddings.shape[1],
+            "dimension": first.embeddings.shape[1],
             "model_id": model_id,
             "contract": contract.model_dump(mode="json") if contract else None,
         }
@@ -139,7 +179,11 @@ class MilvusGallery(FaceGallery):
         client.drop_collection(unfinished)  # of a build that was killed; none is no error
         try:
             _create(client, unfinished, settings, consistency)
-            cls(client, uri, unfinished, consistency).add(embeddings, subjects, names)
+            made, number = cls(client, uri, unfinished, "Strong"), 0  # a part sees the ids of those before
+            for part in chain([first], stream):
+                numbered = np.arange(number, number + len(part.embeddings))
+                made.add(part.embeddings, part.subject_ids, numbered if part.entry_ids is None else part.entry_ids)
+                number += len(part.embeddings)
         except BaseException:
             client.drop_collection(unfinished)
             client.close()
@@ -321,37 +365,6 @@ def _checked_ids(
     if too_long:
         raise DataError(f"Ids {listed(too_long)} are longer than {_MAX_ID} bytes, which Milvus does not take.")
     return subjects, names
-
-
-def _connect(uri: str, token: str) -> Any:
-    try:
-        with _logging_left_alone():
-            from pymilvus import MilvusClient
-            from pymilvus.exceptions import MilvusException
-    except ImportError as error:
-        raise ConfigError("Milvus needs the packages of `pip install aroface[milvus]`.") from error
-    # What they log as errors is raised as well, and told by us; that Milvus Lite starts and stops is nobody's concern.
-    for name in ("pymilvus", "milvus_lite", "grpc"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        return MilvusClient(uri, token=token)
-    except MilvusException as error:
-        if "://" not in uri:
-            raise ConfigError(
-                f"Milvus Lite cannot open {uri}: {error}. The file is damaged, no database of Milvus Lite, or in use."
-            ) from error
-        raise ConfigError(f"Milvus at {uri} does not answer: {error}. Check the address and the token.") from error
-
-
-@contextmanager
-def _logging_left_alone() -> Iterator[None]:
-    """While pymilvus is imported: it configures the logging of the process, which closes the handlers of everyone."""
-    configure = logging.config.dictConfig
-    logging.config.dictConfig = lambda config: None
-    try:
-        yield
-    finally:
-        logging.config.dictConfig = configure
 
 
 def _create(client: Any, collection: str, settings: dict[str, Any], consistency: Consistency) -> None:

@@ -337,6 +337,38 @@ def test_milvus_filters_are_checked_as_other_searches_are(milvus: str) -> None:
     gallery.close()
 
 
+def test_a_collection_is_built_part_by_part(milvus: str) -> None:
+    vectors = _vectors(30)
+    fte = np.arange(30) == 4
+    sets = [
+        EmbeddingSet(vectors[part], np.arange(30)[part], fte=fte[part])
+        for part in (slice(0, 10), slice(10, 12), slice(12, 30))
+    ]
+    seen: list[int] = []
+
+    def one_by_one() -> Iterator[EmbeddingSet]:
+        for number, one in enumerate(sets):
+            seen.append(number)
+            yield one
+
+    gallery = MilvusGallery.build_from(milvus, one_by_one(), model_id="m1")
+    assert seen == [0, 1, 2]
+    whole = MilvusGallery.build(milvus, vectors[~fte], np.arange(30)[~fte], collection="whole")
+    probes = _vectors(3, seed=2)
+    assert gallery.search(probes, top=29) == whole.search(probes, top=29)
+    assert (len(gallery), gallery.info.model_id) == (29, "m1")
+
+    again = [EmbeddingSet(vectors[:3], np.arange(3), keys=np.array(["a", "b", "c"]))] * 2
+    with pytest.raises(DataError, match="Entry ids a, b, c are enrolled already"):
+        MilvusGallery.build_from(milvus, iter(again), collection="twice")
+    with pytest.raises(DataError, match="There is no collection twice"):
+        MilvusGallery.open(milvus, collection="twice")
+    with pytest.raises(DataError, match="no embedding to enrol"):
+        MilvusGallery.build_from(milvus, iter([]), collection="none")
+    gallery.close()
+    whole.close()
+
+
 def test_a_damaged_file_of_milvus_lite_is_told_without_a_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

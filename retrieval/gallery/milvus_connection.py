@@ -1,0 +1,50 @@
+"""Connections to Milvus and Milvus Lite, which say what goes wrong by exceptions alone."""
+
+import logging.config
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from aroface.errors import ConfigError
+
+__all__ = ["connect"]
+
+
+def connect(uri: str, token: str) -> Any:
+    """A `pymilvus.MilvusClient`.
+
+    Args:
+        uri: file of Milvus Lite, or address of a server.
+        token: of the server.
+
+    Raises:
+        ConfigError: pymilvus is missing, the file cannot be opened, or nobody answers.
+    """
+    try:
+        with _logging_left_alone():
+            from pymilvus import MilvusClient
+            from pymilvus.exceptions import MilvusException
+    except ImportError as error:
+        raise ConfigError("Milvus needs the packages of `pip install aroface[milvus]`.") from error
+    # What they log as errors is raised as well, and told by us; that Milvus Lite starts and stops is nobody's concern.
+    for name in ("pymilvus", "milvus_lite", "grpc"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        return MilvusClient(uri, token=token)
+    except MilvusException as error:
+        if "://" not in uri:
+            raise ConfigError(
+                f"Milvus Lite cannot open {uri}: {error}. The file is damaged, no database of Milvus Lite, or in use."
+            ) from error
+        raise ConfigError(f"Milvus at {uri} does not answer: {error}. Check the address and the token.") from error
+
+
+@contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """While pymilvus is imported: it configures the logging of the process, which closes the handlers of everyone."""
+    configure = logging.config.dictConfig
+    logging.config.dictConfig = lambda config: None
+    try:
+        yield
+    finally:
+        logging.config.dictConfig = configure
