@@ -68,7 +68,7 @@ class FaceService:
         stats: what is counted.
         detector: aligns photographs; None takes aligned crops and landmarks only.
         max_batch: faces embedded together at the most.
-        max_queue: requests that may wait for each of the two workers.
+        max_queue: requests that may wait for the model; those that it has embedded are searched, however many wait.
 
     Raises:
         DataError: the gallery holds embeddings of another model or contract.
@@ -104,7 +104,7 @@ class FaceService:
             self._search_batch,
             name="search",
             max_batch=4 * max_batch,
-            max_queue=max_queue,
+            max_queue=max_queue + max_batch,  # whoever has been embedded is not turned away
             on_batch=lambda size, seconds: stats.count_batch("search", size, seconds),
         )
 
