@@ -68,7 +68,7 @@ class FaceService:
         stats: what is counted.
         detector: aligns photographs; None takes aligned crops and landmarks only.
         max_batch: faces embedded together at the most.
-        max_queue: requests that may wait for the model; those that it has embedded are searched, however many wait.
+        max_queue: requests that may wait for the model; for the search, a batch of the model more.
 
     Raises:
         DataError: the gallery holds embeddings of another model or contract.
