@@ -38,7 +38,7 @@ class EngineConfig(Section):
     )
     fused_norms: bool = Field(
         True,
-        description="batch norms of an IResNet fused with PReLU or residual in Triton, on GPUs; false: PyTorch's own",
+        description="batch norms fused with PReLU or residual in Triton, on GPUs; false: PyTorch's own",
     )
     cuda_graphs: bool = Field(
         False,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aroface.models.backbone import Backbone
 from aroface.models.iresnet import BLOCKS_PER_STAGE, STAGE_CHANNELS, conv3x3
 from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
+from aroface.models.norm import norm
 from aroface.models.prelu import PReLU
 
 __all__ = ["IRNet"]
@@ -43,8 +44,19 @@ class IRBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.res_layer(x) + self.shortcut_layer(x)
-        return result
+        shortcut = _projected(self.shortcut_layer, x)
+        norm_in, conv1, norm_mid, prelu, conv2, norm_out = self.res_layer
+        out = conv1(norm(norm_in, x))
+        out = conv2(norm(norm_mid, out, prelu=prelu))
+        return norm(norm_out, out, residual=shortcut)
+
+
+def _projected(shortcut: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(shortcut, nn.Sequential):
+        project, project_norm = shortcut
+        return norm(project_norm, project(x))
+    result: Tensor = shortcut(x)
+    return result
 
 
 class IRNet(Backbone):
@@ -103,9 +115,10 @@ class IRNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, embedding_dim), un-normalised, float32 also under autocast."""
         self._check_images(images)
-        x = self.input_layer(images)
+        conv, first_norm, prelu = self.input_layer
+        x = norm(first_norm, conv(images), prelu=prelu)
         for block in self.body:
             x = self._run(block, x)
-        norm, dropout, flatten, linear, last_norm = self.output_layer
+        neck_norm, dropout, flatten, linear, last_norm = self.output_layer
         # Flattened before the dropout, not after it, so that what it draws does not depend on the memory layout.
-        return in_fp32(dropout(flatten(norm(x))), linear, last_norm)
+        return in_fp32(dropout(flatten(norm(neck_norm, x))), linear, last_norm)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aroface.models.backbone import Backbone
 from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
+from aroface.models.norm import norm
 from aroface.models.prelu import PReLU
 
 __all__ = ["MBF_SIZES", "MobileFaceNet"]
@@ -43,9 +44,9 @@ class ConvUnit(nn.Module):
             layers.append(PReLU(channels_out))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layers(x)
-        return result
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, batch_norm, *prelu = self.layers
+        return norm(batch_norm, conv(x), prelu=prelu[0] if prelu else None, residual=residual)
 
 
 class Bottleneck(nn.Module):
@@ -61,8 +62,9 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layers(x)
-        return x + result if self.residual else result
+        expand, depthwise, project = self.layers
+        result: Tensor = project(depthwise(expand(x)), x if self.residual else None)
+        return result
 
 
 class Residuals(nn.Module):
@@ -88,8 +90,8 @@ class GlobalDepthwise(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        unit, flatten, linear, norm = self.layers
-        return in_fp32(flatten(unit(x)), linear, norm)
+        unit, flatten, linear, last_norm = self.layers
+        return in_fp32(flatten(unit(x)), linear, last_norm)
 
 
 class MobileFaceNet(Backbone):

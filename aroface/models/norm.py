@@ -29,13 +29,13 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE, _MOST_CHANNELS, _WARPS, _PROGRAMS = 4096, 128, 8, 4
 
 
-def norm(module: nn.Module, x: Tensor, *, prelu: nn.PReLU | None = None, residual: Tensor | None = None) -> Tensor:
+def norm(module: nn.Module, x: Tensor, *, prelu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     """`prelu(module(x)) + residual`.
 
     Args:
         module: batch norm; its running statistics are updated as by a call.
         x: (B, C, H, W).
-        prelu: with C slopes; None: nothing.
+        prelu: PReLU with C slopes; None: nothing.
         residual: (B, C, H, W); None: nothing.
 
     Returns:
@@ -60,7 +60,7 @@ def fuse_norms(backbone: nn.Module, *, is_wanted: bool) -> None:
             module.is_never_fused = not is_wanted  # type: ignore[assignment]
 
 
-def _fits(module: nn.Module, x: Tensor, prelu: nn.PReLU | None, residual: Tensor | None) -> bool:
+def _fits(module: nn.Module, x: Tensor, prelu: nn.Module | None, residual: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and (x.is_cuda or is_interpreted())
@@ -72,12 +72,16 @@ def _fits(module: nn.Module, x: Tensor, prelu: nn.PReLU | None, residual: Tensor
         and x.is_contiguous(memory_format=torch.channels_last)
         and len(x) * x.shape[2] * x.shape[3] > 1  # PyTorch says what is wrong with less
         and _is_at_hand(module.weight, x)
-        and (prelu is None or (_is_at_hand(prelu.weight, x) and prelu.num_parameters == x.shape[1]))
+        and (prelu is None or _has_slopes(prelu, x))
         and (
             residual is None
             or (residual.dtype == x.dtype and residual.is_contiguous(memory_format=torch.channels_last))
         )
     )  # fmt: skip
+
+
+def _has_slopes(prelu: nn.Module, x: Tensor) -> bool:
+    return isinstance(prelu, nn.PReLU) and prelu.num_parameters == x.shape[1] and _is_at_hand(prelu.weight, x)
 
 
 def _is_at_hand(weight: Tensor | None, x: Tensor) -> bool:

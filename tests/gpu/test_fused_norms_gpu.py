@@ -23,6 +23,7 @@ def test_statistics():
     fused_norms.statistics_that_are_not_recorded("cuda")
 
 
+@pytest.mark.parametrize("family", ["iresnet", "ir", "mobilefacenet"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_network(dtype):
-    fused_norms.network_against_its_twin("cuda", dtype=dtype)
+def test_a_network(family, dtype):
+    fused_norms.network_against_its_twin(fused_norms.networks(image_size=112)[family], "cuda", dtype=dtype)

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from aroface.models import norm as fused
+from aroface.models.backbone import Backbone
+from aroface.models.ir import IRNet
 from aroface.models.iresnet import IResNet
+from aroface.models.mobilefacenet import MobileFaceNet
 from aroface.models.norm import fuse_norms, norm
 
 #: (B, C, H, W): one tile and several, channels that fill no tile, more channels than a tile has
@@ -84,13 +87,20 @@ def statistics_that_are_not_recorded(device: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
 
 
-def network_against_its_twin(device: str, *, depth: int = 18, dtype: torch.dtype | None = None) -> None:
-    """A whole IResNet in fp32 (or autocast): embeddings and gradients with and without the kernels, in float64 too."""
+def networks(image_size: int) -> dict[str, Backbone]:
+    """One small network of each family with batch norms between its layers."""
     torch.manual_seed(0)
-    network = (
-        IResNet(depth, embedding_dim=16, image_size=32 if device == "cpu" else 112, width=0.125).to(device).train()
-    )
-    size = network.image_size
+    return {
+        "iresnet": IResNet(18, embedding_dim=16, image_size=image_size, width=0.125),
+        "ir": IRNet(18, embedding_dim=16, image_size=image_size, width=0.125, dropout=0.0),
+        "mobilefacenet": MobileFaceNet("base", embedding_dim=16, image_size=image_size),
+    }
+
+
+def network_against_its_twin(network: Backbone, device: str, *, dtype: torch.dtype | None = None) -> None:
+    """A whole network in fp32 (or autocast): embeddings and gradients with and without the kernels, in float64 too."""
+    torch.manual_seed(0)
+    network, size = network.to(device).train(), network.image_size
     images = torch.randn(8, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     upstream = torch.randn(8, 16, device=device)
     found = {}
@@ -132,4 +142,5 @@ if __name__ == "__main__":
                 norm_against_float64(each, kind, "cpu", has_prelu=prelu_follows, has_residual=residual_follows)
     variance_beside_a_large_mean("cpu")
     statistics_that_are_not_recorded("cpu")
-    network_against_its_twin("cpu")
+    for family in ("iresnet", "ir"):  # a MobileFaceNet takes half a minute in the interpreter
+        network_against_its_twin(networks(image_size=16)[family], "cpu")

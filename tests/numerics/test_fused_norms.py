@@ -8,6 +8,7 @@ from torch import nn
 
 from aroface.models import norm as fused
 from aroface.models.norm import fuse_norms, norm
+from tests.helpers.fused_norms import networks
 from tests.helpers.interpreter import run_in_interpreter
 
 
@@ -25,6 +26,24 @@ def as_on_a_gpu(monkeypatch):
 
 def _image(channels=8, size=3):
     return torch.randn(2, channels, size, size).contiguous(memory_format=torch.channels_last)
+
+
+def test_every_norm_of_every_network_runs_fused(as_on_a_gpu, monkeypatch):
+    def plain(x, weight, bias, slope, residual, module):
+        seen.append(module)
+        y = module(x) if slope is None else torch.nn.functional.prelu(module(x), slope)
+        return y if residual is None else y + residual
+
+    monkeypatch.setattr(fused._FusedNorm, "apply", plain)
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for name, network in networks(image_size=32).items():
+        seen = []
+        twin = copy.deepcopy(network)
+        found = network.train()(images)
+        wanted = [module for module in network.modules() if type(module) is nn.BatchNorm2d]
+        assert {id(module) for module in seen} == {id(module) for module in wanted}, name
+        fuse_norms(twin, is_wanted=False)
+        assert torch.equal(found, twin.train()(images)), name
 
 
 def test_what_the_kernels_cannot_do_is_left_to_pytorch(as_on_a_gpu):
