@@ -91,12 +91,12 @@ def check_accuracy(reference: Embedder, exported: Embedder, gate: AccuracyGate) 
             "faces of the kind the model will see (--calibration, --calibration-faces), take --precision fp16, or "
             "raise --max-rank1-drop, --max-tar-drop or --max-tpir-drop if the loss is acceptable."
         )
-    if not any(entry.can_tell or entry.allowed_fall >= 1 for entry in changes):
+    if not any(entry.can_tell for entry in changes) and any(entry.allowed_fall < 1 for entry in changes):
         rates = ", ".join(f"{entry.name} {entry.checkpoint:.4f}" for entry in changes)
         raise ExportError(
             f"{gate.set_name} cannot tell what the export costs: every rate of the checkpoint is so low that it could "
             f"not fall further than allowed ({rates}). No file was written. Take an easier set or one with more people "
-            "(--accuracy-set), a higher rate or a trained checkpoint; --max-rank1-drop 1 waives the gate."
+            "(--accuracy-set), a higher rate or a trained checkpoint; a limit of 1 for every rate waives the gate."
         )
     return AccuracyReport(gate.set_name, changes)
 

@@ -183,8 +183,11 @@ def test_a_rate_that_is_not_a_number_fails_and_a_gain_does_not() -> None:
 
 def test_a_set_on_which_no_rate_can_fall_is_refused() -> None:
     values = iter([{"rank_1": 0.01, "tar@far=0.1": 0.0}, {"rank_1": 0.01, "tar@far=0.1": 0.0}])
-    waived = AccuracyGate(lambda embedder: {"rank_1": 0.01}, "s", AccuracyLimits(rank_1=1))
+    rates = {"rank_1": 0.01, "tar@far=0.1": 0.0}
+    waived = AccuracyGate(lambda embedder: rates, "s", AccuracyLimits(rank_1=1, tar=1))
     assert check_accuracy(reference(), reference(), waived).changes
+    with pytest.raises(ExportError, match="cannot tell"):  # one limit waives its rate alone
+        check_accuracy(reference(), reference(), AccuracyGate(lambda embedder: rates, "s", AccuracyLimits(rank_1=1)))
     with pytest.raises(ExportError, match=r"s cannot tell .*rank_1 0\.0100, tar@far=0\.1 0\.0000.*--accuracy-set"):
         check_accuracy(reference(), reference(), AccuracyGate(lambda embedder: next(values), "s"))
 
