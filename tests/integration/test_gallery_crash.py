@@ -65,8 +65,8 @@ while True:
     ids, n = after(ids, n), n + 1
 """
 )
-# Every kind of change is made by children that are killed before their first, second, ... operation on the files of the
-# gallery, until one is not. The parent has no threads that a child could miss, and only looks at what is left.
+# A kind of change, or a first build (-1), is made by children that are killed before their first, second, ... operation
+# on its files, until one is not. What each leaves is copied. The parent has no threads that a child could miss.
 _EACH_OPERATION = (
     _CHANGES
     + """
@@ -91,18 +91,25 @@ def killed_before(operation):
 operation, signalled = 0, True
 while signalled:
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(start, copy)
+    if kind >= 0:
+        shutil.copytree(start, copy)
     child = os.fork()
     if not child:
-        gallery = Gallery.open(copy)
+        gallery = Gallery.open(start)
         ids = gallery.entries.entry_ids.tolist()
+        if kind >= 0:
+            gallery = Gallery.open(copy)
         sys.addaudithook(killed_before(operation))
-        make(Gallery, gallery, ids, kind)
+        if kind >= 0:
+            make(Gallery, gallery, ids, kind)
+        else:
+            Gallery.build(copy, vectors(ids), ids, ids, index="hnsw")
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     signalled = os.WIFSIGNALED(status)
     assert signalled or status == 0
-    shutil.copytree(copy, start.with_name(f"{kind}-{operation:03d}"))
+    left = start.with_name(f"left-{operation:03d}")
+    shutil.copytree(copy, left) if copy.exists() else left.mkdir()
     operation += 1
 """
 )
@@ -163,7 +170,20 @@ def test_changes(tmp_path: Path, rounds: int) -> None:
         if left != ids:
             ids, n = left, n + 1
     gallery = gallery.add(np.ones((1, DIM), np.float32), ["last"])
-    assert {path.name for path in directory.iterdir()} == {".lock", "manifest.json", *gallery.manifest.file_names}
+    assert _holds_nothing_else(directory, gallery)
+
+
+def _left_by_kills(directory: Path, kind: int) -> list[Path]:
+    """What is left of a gallery by a writer that dies before its first, second, ... file operation; the last lives."""
+    arguments = [sys.executable, "-c", _EACH_OPERATION, str(directory), str(kind)]
+    subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=100)
+    states = sorted(directory.parent.glob("left-*"))
+    assert len(states) > 4  # at least the lock, a new file, its rename and the manifest
+    return states
+
+
+def _holds_nothing_else(directory: Path, gallery: Gallery) -> bool:
+    return {path.name for path in directory.iterdir()} == {".lock", "manifest.json", *gallery.manifest.file_names}
 
 
 @pytest.mark.parametrize("kind", [1, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (2, 4, 5))])
@@ -175,23 +195,34 @@ def test_a_change_killed_before_each_of_its_file_operations(tmp_path: Path, kind
     gallery = gallery.add(changes["vectors"](["800000"]), ["800000"], ["800000"]).remove(entry_ids=["900003"])
     old = gallery.entries.entry_ids.tolist()
     new = changes["after"](old, kind)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", _EACH_OPERATION, str(tmp_path / "g"), str(kind)]
-    subprocess.run(arguments, env=environment, check=True, timeout=100)
-    states = sorted(tmp_path.glob(f"{kind}-*"))
-    assert len(states) > 4  # at least the lock, a new file, its rename and the manifest
     reached = []
-    for directory in states:
+    for directory in _left_by_kills(tmp_path / "g", kind):
         gallery = Gallery.open(directory)
         left = gallery.entries.entry_ids.tolist()
         assert left in (old, new)
         reached.append(gallery.manifest.generation)
         found = gallery.search(changes["vectors"](left), top=1)
         assert [near[0].entry_id for near in found] == left
-        gallery = gallery.add(np.ones((1, DIM), np.float32), ["last"])
-        assert {path.name for path in directory.iterdir()} == {".lock", "manifest.json", *gallery.manifest.file_names}
+        assert _holds_nothing_else(directory, gallery.add(np.ones((1, DIM), np.float32), ["last"]))
     assert reached == sorted(reached)
     assert reached[0] < reached[-1] == reached[0] + 1
+
+
+@pytest.mark.slow
+def test_a_first_build_killed_before_each_of_its_file_operations(tmp_path: Path) -> None:
+    ids = [str(900000 + i) for i in range(12)]
+    Gallery.build(tmp_path / "g", np.random.default_rng(0).normal(size=(12, DIM)).astype(np.float32), ids, ids)
+    done = []
+    for directory in _left_by_kills(tmp_path / "g", -1):
+        done.append((directory / "manifest.json").exists())
+        if done[-1]:
+            assert Gallery.open(directory).entries.entry_ids.tolist() == ids
+            continue
+        with pytest.raises(DataError, match="make one with"):
+            Gallery.open(directory)
+        assert _holds_nothing_else(directory, Gallery.build(directory, np.ones((1, DIM), np.float32), ["a"]))
+    assert done == sorted(done)
+    assert done[0] < done[-1]
 
 
 def test_readers_beside_a_writer_see_whole_states_only(tmp_path: Path) -> None:
@@ -249,7 +280,7 @@ def test_an_interrupted_first_build_can_be_repeated(tmp_path: Path) -> None:
         (directory / name).write_bytes(b"cut")
     gallery = Gallery.build(directory, np.ones((1, 4), np.float32), ["a"])
     assert gallery.search(np.ones(4), top=1)[0][0].subject_id == "a"
-    assert {path.name for path in directory.iterdir()} == {".lock", "manifest.json", *gallery.manifest.file_names}
+    assert _holds_nothing_else(directory, gallery)
 
 
 def test_a_reader_keeps_its_state_and_sees_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
