@@ -12,13 +12,14 @@ Legend: P probes, G gallery entries, D embedding dimension, R probes of a block,
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aroface.errors import ConfigError
 from retrieval.devices import gpu_numbers
+from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics.score_blocks import BlockMaker, Pairs, Sides, groups_of_rows
 
 if TYPE_CHECKING:
@@ -80,10 +81,7 @@ def _device_blocks(devices: "Sequence[torch.device]", sides: Sides) -> "Iterator
         ]
         for first in range(0, len(sides.probes), size):
             part = slice(first, min(first + size, len(sides.probes)))
-            rows = np.arange(part.start, part.stop)
-            unit = torch.from_numpy(sides.probes.unit(rows))
-            failed = torch.from_numpy(np.flatnonzero(~sides.probes.enrolled[part] & sides.failed_miss))
-            yield part, _DeviceBlock([shard.scores(unit, failed) for shard in shards], edges)
+            yield part, _DeviceBlock([shard.scores(sides, np.arange(part.start, part.stop)) for shard in shards], edges)
     except torch.OutOfMemoryError as error:
         needed = 8 * sides.gallery.embeddings.shape[1] * int(np.diff(edges).max())
         raise ConfigError(
@@ -107,16 +105,27 @@ class _Shard:
         unit = torch.empty((stop - start, sides.gallery.embeddings.shape[1]), dtype=torch.float64, device=device)
         for first in range(start, stop, _UPLOAD_ROWS):
             rows = sides.order[first : min(first + _UPLOAD_ROWS, stop)]
-            unit[first - start : first - start + len(rows)] = torch.from_numpy(sides.gallery.unit(rows)).to(device)
+            unit[first - start : first - start + len(rows)] = _unit(sides.gallery, rows, device)
         failed = np.flatnonzero(~sides.gallery.enrolled[sides.order[start:stop]] & sides.failed_miss)
-        return cls(unit, torch.from_numpy(failed).to(device))
+        return cls(unit, _on(device, failed))
 
-    def scores(self, probes: "Tensor", failed: "Tensor") -> "Tensor":
-        """(R, g) scores of (R, D) probes, of which some failed."""
-        scores = probes.to(self.unit.device) @ self.unit.T
+    def scores(self, sides: Sides, rows: NDArray[np.int64]) -> "Tensor":
+        """(R, g) scores of the probes of these rows."""
+        device = self.unit.device
+        scores = _unit(sides.probes, rows, device) @ self.unit.T
         scores[:, self.failed] = -np.inf
-        scores[failed.to(self.unit.device)] = -np.inf
+        scores[_on(device, np.flatnonzero(~sides.probes.enrolled[rows] & sides.failed_miss))] = -np.inf
         return scores
+
+
+def _unit(side: EmbeddingSet, rows: NDArray[np.int64], device: "torch.device") -> "Tensor":
+    """(n, D) float64 rows of length 1, zero where not enrolled; the host would take longer for them than the GPU."""
+    values = side.embeddings[rows]
+    values[~side.enrolled[rows]] = 0
+    wide = _on(device, values).double()
+    lengths = wide.norm(dim=1, keepdim=True)
+    unit: Tensor = wide / lengths.where(lengths > 0, 1.0)
+    return unit
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class _DeviceBlock:
         return rows.cpu().numpy() + start, columns.cpu().numpy() + self.edges[index], scores
 
 
-def _on(device: "torch.device", values: "NDArray[np.int64] | NDArray[np.float64]") -> "Tensor":
+def _on(device: "torch.device", values: NDArray[Any]) -> "Tensor":
     import torch
 
     return torch.from_numpy(values).to(device)

@@ -139,11 +139,8 @@ def evaluate_identification(
     if rule == "ijb_1n":
         opened = _pseudo_open_set(galleries[0], probes, searches[0], fpirs, similarity, blocks)
         result = replace(result, open_set=opened)
-    return replace(
-        result,
-        num_probe_failures=int((~probes.enrolled).sum()),
-        num_gallery_failures=sum(int((~g.enrolled).sum()) for g in galleries),
-    )
+    failures = [int((~side.enrolled).sum()) for side in (probes, *galleries)]
+    return replace(result, num_probe_failures=failures[0], num_gallery_failures=sum(failures[1:]))
 
 
 def evaluate_searches(

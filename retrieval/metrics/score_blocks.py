@@ -3,9 +3,9 @@
 A block of scores answers three questions (`ScoreBlock`). Searches are written in these alone, so that there is one
 search, whether NumPy forms the products (`numpy_blocks`) or GPUs do (`device_blocks.py`).
 
-Products are formed in float64, in whatever order the hardware likes, and rounded to float32. Two such products of the
-same rows differ by less than `Sides.tolerance`; where that could turn the rounding, the pair is multiplied again, for
-itself (`ExactBlock`). So a score depends on its two rows alone: equal vectors tie wherever they stand in the gallery.
+Cosines are formed in float64, in whatever order the hardware likes, and rounded to float32. Two of the same rows differ
+by less than `Sides.tolerance`; where that could turn the rounding, the pair is multiplied again, for itself
+(`ExactBlock`). So a score depends on its two rows alone: equal vectors tie wherever they stand in the gallery.
 
 Legend: P probes, G gallery entries in the order asked for, D embedding dimension, R probes of a block, n pairs.
 """
@@ -86,7 +86,11 @@ class Sides:
 
     @property
     def tolerance(self) -> float:
-        """Bound on the difference of two float64 products of the same rows, twice; 0 for other scores."""
+        """Bound on the difference of two float64 cosines of the same two rows; 0 for other scores.
+
+        Of it D eps come from the order in which products are summed, (D + 4) eps from the lengths: two rows on two
+        devices, each off by (D / 2 + 2) eps / 2.
+        """
         dimension = self.gallery.embeddings.shape[1]
         return 2 * (dimension + 2) * float(np.finfo(np.float64).eps) if self.similarity == "cosine" else 0.0
 

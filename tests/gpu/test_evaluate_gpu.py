@@ -57,6 +57,7 @@ def test_candidate_lists_equal_the_cpu(device: str) -> None:
 def test_a_gallery_that_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from aroface.errors import ConfigError
 
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(0)
     wide = torch.empty(max(0, free - (1 << 26)), dtype=torch.uint8, device="cuda:0")  # little is left
     with pytest.raises(ConfigError, match="choose cpu"):
