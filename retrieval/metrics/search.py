@@ -173,15 +173,17 @@ class _Ranking:
         for rows, columns, scores in self.block.at_least(self._floors(is_mated)):
             alone = ~is_mated[rows]
             np.maximum.at(best, rows[alone], scores[alone])
-            subject, top = self.columns.subject[columns], self.top[rows]
-            is_rival = (subject != self.place[rows]) & ~alone
+            is_rival = (self.columns.subject[columns] != self.place[rows]) & ~alone
             if self.with_average_precision:
                 self._count_for_mates(rows[is_rival], scores[is_rival], rivals_of_mates)
-            above += _count(rows, subject, is_rival & (scores > top), rank_level, len(best))
+            reach = scores >= self.top[rows]
+            rows, columns, scores, is_rival = rows[reach], columns[reach], scores[reach], is_rival[reach]
+            subject, is_above = self.columns.subject[columns], scores > self.top[rows]
+            above += _count(rows, subject, is_rival & is_above, rank_level, len(best))
             if last_own is None:
-                at_top += _count(rows, subject, is_rival & (scores >= top), rank_level, len(best))
+                at_top += _count(rows, subject, is_rival, rank_level, len(best))
             else:
-                later = (scores == top) & (self.columns.original[columns] > last_own[rows])
+                later = ~is_above & (self.columns.original[columns] > last_own[rows])
                 at_top += np.bincount(rows[later], minlength=len(best))
         if last_own is not None:
             at_top += above
