@@ -33,8 +33,8 @@ def candidate_rows(
     names, entries = _names(probes), _names(gallery)
     subjects = gallery.subject_ids.tolist()
     for part, block in exact_blocks(Sides(gallery, probes, np.arange(len(gallery)), similarity), blocks):
-        floors = block.floors(np.arange(part.stop - part.start), count)
-        for rows, columns, scores in block.at_least(floors):
+        own = np.arange(part.stop - part.start)
+        for rows, columns, scores in block.at_least(own, block.floors(own, count)):
             order = np.lexsort((columns, -scores, rows))
             ranks = 1 + np.arange(len(rows)) - np.searchsorted(rows, rows)  # rows ascend before and after the sort
             order, ranks, rows = order[ranks <= count], ranks[ranks <= count], rows[ranks <= count]

@@ -1,10 +1,11 @@
 """Scores of probes against a gallery on one GPU or several, the same as on the CPU.
 
 The gallery is dealt out to the devices in stretches of columns, in float64; every block of probes goes to all of them,
-and what is above a floor comes back. Lists of nearest entries, as Faiss gives them, would not do here: the rank of a
-mate may be the last one, ties may be as many as there are entries, and Faiss lists at most 2,048. And float64 rather
-than float32: next to nothing is so near to a floor that it is computed again (`score_blocks.py`), where float32 would
-leave one pair of a thousand. A100, H100 and H200 multiply float64, in tensor cores, as fast as they do float32.
+and counts come back, with the few pairs that are too near to a level to be counted. Lists of nearest entries, as Faiss
+gives them, would not do here: the rank of a mate may be the last one, ties may be as many as there are entries, and it
+lists at most 2,048. And float64 rather than float32: next to nothing is so near to a level that it is computed again
+(`score_blocks.py`), where float32 would leave one pair of a thousand. A100, H100 and H200 multiply float64, in tensor
+cores, as fast as they do float32.
 
 Legend: P probes, G gallery entries, D embedding dimension, R probes of a block, n pairs.
 """
@@ -148,25 +149,43 @@ class _DeviceBlock:
         import torch
 
         best = []
-        for scores in self.scores:
-            own = scores[_on(scores.device, rows)]
+        for own in self._of(rows):
             best.append(own.topk(min(count, own.shape[1]), dim=1, sorted=False).values.cpu())
         values = torch.cat(best, dim=1)
         return values.topk(min(count, values.shape[1]), dim=1).values[:, -1].numpy()
 
-    def at_least(self, lows: NDArray[np.float64]) -> Iterator[Pairs]:
-        reached = [scores >= _on(scores.device, lows)[:, None] for scores in self.scores]
-        counts = sum(mask.sum(dim=1).cpu().numpy() for mask in reached)
-        for part in groups_of_rows(np.asarray(counts)):
-            found = [self._pairs(index, mask[part], part.start) for index, mask in enumerate(reached)]
-            rows, columns, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-            order = np.argsort(rows, kind="stable")  # the devices hold ascending columns
-            yield rows[order], columns[order], scores[order]
+    def count(self, rows: NDArray[np.int64], lows: NDArray[np.float64]) -> NDArray[np.int64]:
+        return _counts([scores >= _on(scores.device, lows)[:, None] for scores in self._of(rows)])
 
-    def _pairs(self, index: int, reached: "Tensor", start: int) -> Pairs:
-        rows, columns = reached.nonzero(as_tuple=True)
-        scores = self.scores[index][rows + start, columns].cpu().numpy()
-        return rows.cpu().numpy() + start, columns.cpu().numpy() + self.edges[index], scores
+    def within(self, rows: NDArray[np.int64], lows: NDArray[np.float64], highs: NDArray[np.float64]) -> Iterator[Pairs]:
+        own = self._of(rows)
+        masks = [
+            (scores >= _on(scores.device, lows)[:, None]) & (scores < _on(scores.device, highs)[:, None])
+            for scores in own
+        ]
+        for part in groups_of_rows(_counts(masks)):
+            found = [_pairs(scores[part], mask[part]) for scores, mask in zip(own, masks, strict=True)]
+            columns = np.concatenate([pair[1] + edge for pair, edge in zip(found, self.edges, strict=False)])
+            places, scores = (np.concatenate([pair[field] for pair in found]) for field in (0, 2))
+            order = np.argsort(places, kind="stable")  # each device gave ascending columns
+            yield rows[part.start + places[order]], columns[order], scores[order]
+
+    def _of(self, rows: NDArray[np.int64]) -> "list[Tensor]":
+        """(n, g) scores of ascending rows on each device."""
+        if len(rows) == len(self.scores[0]):
+            return self.scores
+        return [scores[_on(scores.device, rows)] for scores in self.scores]
+
+
+def _counts(masks: "Sequence[Tensor]") -> NDArray[np.int64]:
+    """(n,) true columns over all devices."""
+    counts: NDArray[np.int64] = np.stack([mask.sum(dim=1).cpu().numpy() for mask in masks]).sum(axis=0)
+    return counts
+
+
+def _pairs(scores: "Tensor", chosen: "Tensor") -> Pairs:
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return rows.cpu().numpy(), columns.cpu().numpy(), scores[rows, columns].cpu().numpy()
 
 
 def _on(device: "torch.device", values: NDArray[Any]) -> "Tensor":

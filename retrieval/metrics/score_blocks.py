@@ -1,6 +1,6 @@
 """Scores of probes against a gallery, block by block, the same to the last bit wherever they are computed.
 
-A block of scores answers three questions (`ScoreBlock`). Searches are written in these alone, so that there is one
+A block of scores answers four questions (`ScoreBlock`). Searches are written in these alone, so that there is one
 search, whether NumPy forms the products (`numpy_blocks`) or GPUs do (`device_blocks.py`).
 
 Cosines are formed in float64, in whatever order the hardware likes, and rounded to float32. Two of the same rows differ
@@ -57,8 +57,11 @@ class ScoreBlock(Protocol):
     def highest(self, rows: NDArray[np.int64], count: int) -> NDArray[np.float64]:
         """(n,) the `count`-th highest score of each of these rows, or the lowest where there are fewer."""
 
-    def at_least(self, lows: NDArray[np.float64]) -> Iterator[Pairs]:
-        """All pairs that score at least the (R,) low of their row, in groups of whole rows."""
+    def count(self, rows: NDArray[np.int64], lows: NDArray[np.float64]) -> NDArray[np.int64]:
+        """(n,) how many entries score at least the low of their row."""
+
+    def within(self, rows: NDArray[np.int64], lows: NDArray[np.float64], highs: NDArray[np.float64]) -> Iterator[Pairs]:
+        """All pairs of ascending rows that score at least the low of their row and below its high, row by row."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +128,39 @@ class ExactBlock:
         return floors
 
     def at_least(
-        self, floors: NDArray[np.float32]
+        self, rows: NDArray[np.int64], floors: NDArray[np.float32]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-        """Rows, columns and scores of all pairs that score at least the (R,) floor of their row, and not -inf.
+        """Rows, columns and scores of all pairs of ascending rows that score at least the floor of their row, not -inf.
 
         They ascend by row, then column, and come in groups of whole rows.
         """
-        below = np.nextafter(floors, np.float32(-np.inf)).astype(
-            np.float64
-        )  # a score that rounds to the floor is above
-        for rows, columns, values in self.block.at_least(np.maximum(below - self.tolerance, _LOWEST)):
-            scores = self._rounded(rows, columns, values)
-            kept = scores >= floors[rows]
-            yield rows[kept], columns[kept], scores[kept]
+        highs = np.full(len(rows), np.inf)
+        for found, columns, values in self.block.within(rows, self._below(floors), highs):
+            scores = self._rounded(found, columns, values)
+            kept = scores >= floors[np.searchsorted(rows, found)]
+            yield found[kept], columns[kept], scores[kept]
+
+    def higher_and_equal(
+        self, rows: NDArray[np.int64], levels: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(n,) entries that score above the level of their row, and that score it; the rows ascend.
+
+        Only those that are as near to the level as rounding are looked at one by one.
+        """
+        beyond = np.nextafter(levels, np.float32(np.inf)).astype(np.float64) + self.tolerance
+        higher = self.block.count(rows, beyond)
+        equal = np.zeros(len(rows), np.int64)
+        for found, columns, values in self.block.within(rows, self._below(levels), beyond):
+            scores, place = self._rounded(found, columns, values), np.searchsorted(rows, found)
+            higher += np.bincount(place[scores > levels[place]], minlength=len(rows))
+            equal += np.bincount(place[scores == levels[place]], minlength=len(rows))
+        return higher, equal
+
+    def _below(self, levels: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(n,) float64 values that all scores above which round to the levels or higher; never -inf."""
+        below = np.nextafter(levels, np.float32(-np.inf)).astype(np.float64)
+        lows: NDArray[np.float64] = np.maximum(below - self.tolerance, _LOWEST)
+        return lows
 
     def _rounded(
         self, rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.float64]
@@ -200,14 +223,29 @@ class _NumpyBlock:
             return np.array([self.scores[row].max() for row in rows.tolist()], np.float64)
         return np.array([np.partition(self.scores[row], place)[place] for row in rows.tolist()], np.float64)
 
-    def at_least(self, lows: NDArray[np.float64]) -> Iterator[Pairs]:
-        reached = self.scores >= lows[:, None]
-        counts = np.count_nonzero(reached, axis=1)
-        for part in groups_of_rows(counts):
-            flat = np.flatnonzero(reached[part])
-            rows = np.repeat(np.arange(part.start, part.stop), counts[part])
-            columns = flat - (rows - part.start) * self.scores.shape[1]  # much faster than a division
-            yield rows, columns, self.scores[part].reshape(-1)[flat].astype(np.float64)
+    def count(self, rows: NDArray[np.int64], lows: NDArray[np.float64]) -> NDArray[np.int64]:
+        pairs = zip(rows.tolist(), lows, strict=True)  # the lows stay float64: a row of float32 is compared as such
+        return np.array([np.count_nonzero(self.scores[row] >= low) for row, low in pairs], np.int64)
+
+    def within(self, rows: NDArray[np.int64], lows: NDArray[np.float64], highs: NDArray[np.float64]) -> Iterator[Pairs]:
+        waiting: list[Pairs] = []
+        pairs = 0
+        for row, low, high in zip(rows.tolist(), lows, highs, strict=True):
+            values = self.scores[row]
+            columns = np.flatnonzero(values >= low)
+            columns = columns[values[columns] < high]
+            waiting.append((np.full(len(columns), row), columns, values[columns].astype(np.float64)))
+            pairs += len(columns)
+            if pairs >= _GROUP_PAIRS:
+                yield _concatenated(waiting)
+                waiting, pairs = [], 0
+        if waiting:
+            yield _concatenated(waiting)
+
+
+def _concatenated(parts: list[Pairs]) -> Pairs:
+    rows, columns, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return rows, columns, scores
 
 
 def groups_of_rows(counts: NDArray[np.int64]) -> Iterator[slice]:

@@ -167,39 +167,71 @@ class _Ranking:
         """Count the rivals of every probe."""
         is_mated = self.place >= 0
         best = np.where(is_mated, self.top, -np.inf).astype(np.float32)
-        at_top, above = np.zeros((2, len(best)), np.int64)
-        rivals_of_mates = np.zeros(len(self.mates.columns), np.int64)
-        last_own = self._last_own() if ties == "last_column" else None
-        for rows, columns, scores in self.block.at_least(self._floors(is_mated)):
-            alone = ~is_mated[rows]
-            np.maximum.at(best, rows[alone], scores[alone])
-            is_rival = (self.columns.subject[columns] != self.place[rows]) & ~alone
-            if self.with_average_precision:
-                self._count_for_mates(rows[is_rival], scores[is_rival], rivals_of_mates)
-            reach = scores >= self.top[rows]
-            rows, columns, scores, is_rival = rows[reach], columns[reach], scores[reach], is_rival[reach]
-            subject, is_above = self.columns.subject[columns], scores > self.top[rows]
-            above += _count(rows, subject, is_rival & is_above, rank_level, len(best))
-            if last_own is None:
-                at_top += _count(rows, subject, is_rival, rank_level, len(best))
-            else:
-                later = ~is_above & (self.columns.original[columns] > last_own[rows])
-                at_top += np.bincount(rows[later], minlength=len(best))
-        if last_own is not None:
-            at_top += above
+        strangers = np.flatnonzero(~is_mated)
+        for rows, _, scores in self.block.at_least(strangers, self.block.floors(strangers, 1)):
+            np.maximum.at(best, rows, scores)
+        found = np.flatnonzero(is_mated & ~np.isneginf(self.top))
+        counted = rank_level == "entry" and ties == "against_probe"
+        passed = self._passed() if counted or self.with_average_precision else None
+        if counted and passed is not None:
+            at_top, above = self._counted(*passed)
+        else:
+            at_top, above = self._listed(found, rank_level, ties)
         missed = np.select([~is_mated, np.isneginf(self.top)], [np.nan, np.inf], 0.0)
-        precision = self._precision(rivals_of_mates) if self.with_average_precision else None
+        precision = (
+            self._precision(passed[0] + passed[1]) if self.with_average_precision and passed is not None else None
+        )
         return GallerySearch(is_mated, best, 1 + at_top + missed, 1 + above + missed, precision)
 
-    def _floors(self, is_mated: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """(R,) scores below which nothing counts."""
-        floors = np.where(np.isneginf(self.top), np.inf, self.top).astype(np.float32)  # nothing counts behind a miss
-        strangers = np.flatnonzero(~is_mated)
-        floors[strangers] = self.block.floors(strangers, 1)
-        if self.with_average_precision and len(self.mates.rows):
-            scores = np.where(np.isneginf(self.mates.scores), np.inf, self.mates.scores)
-            floors[self.mates.rows] = np.minimum.reduceat(scores, self.mates.starts[:-1])
-        return floors
+    def _passed(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(n,) entries, mates too, that score higher than a mate, and the same; of all mates, or of one of the best."""
+        mates, sizes = self.mates, np.diff(self.mates.starts)
+        higher, equal = np.zeros((2, len(mates.scores)), np.int64)
+        wanted = ~np.isneginf(mates.scores)
+        if not self.with_average_precision:
+            wanted &= np.arange(len(wanted)) == np.repeat(self._best_mates(), sizes)
+        for place in range(int(sizes.max(initial=0))):
+            probe = np.flatnonzero(sizes > place)
+            entry = mates.starts[probe] + place
+            probe, entry = probe[wanted[entry]], entry[wanted[entry]]
+            higher[entry], equal[entry] = self.block.higher_and_equal(mates.rows[probe], mates.scores[entry])
+        return higher, equal
+
+    def _best_mates(self) -> NDArray[np.int64]:
+        """(m,) of each mated probe the first mate that scores highest, by its place among all mates."""
+        mates = self.mates
+        places = np.arange(len(mates.scores))
+        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
+        return -mates.highest(np.where(is_top, -places, -len(places)))
+
+    def _counted(
+        self, higher: NDArray[np.int64], equal: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(R,) entries of others that score as high as the best mate or higher, and higher; 0 for misses."""
+        at_top, above = np.zeros((2, len(self.top)), np.int64)
+        mates, best = self.mates, self._best_mates()
+        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
+        own = np.bincount(np.repeat(np.arange(len(best)), np.diff(mates.starts))[is_top], minlength=len(best))
+        above[mates.rows] = higher[best]
+        at_top[mates.rows] = np.where(equal[best] > 0, higher[best] + equal[best] - own, 0)
+        return at_top, above
+
+    def _listed(
+        self, found: NDArray[np.int64], rank_level: RankLevel, ties: Ties
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same for other rivals and ties, which take the entries one by one."""
+        at_top, above = np.zeros((2, len(self.top)), np.int64)
+        last_own = self._last_own() if ties == "last_column" else None
+        for rows, columns, scores in self.block.at_least(found, self.top[found]):
+            subject, is_above = self.columns.subject[columns], scores > self.top[rows]
+            is_rival = subject != self.place[rows]
+            above += _count(rows, subject, is_rival & is_above, rank_level, len(above))
+            if last_own is None:
+                at_top += _count(rows, subject, is_rival, rank_level, len(above))
+            else:
+                later = ~is_above & (self.columns.original[columns] > last_own[rows])
+                at_top += np.bincount(rows[later], minlength=len(above))
+        return (at_top if last_own is None else at_top + above), above
 
     def _last_own(self) -> NDArray[np.int64]:
         """(R,) last place, in the gallery as given, of the mates that score highest."""
@@ -209,27 +241,21 @@ class _Ranking:
         last[mates.rows] = mates.highest(np.where(is_top, self.columns.original[mates.columns], -1))
         return last
 
-    def _count_for_mates(self, rows: NDArray[np.int64], scores: NDArray[np.float32], found: NDArray[np.int64]) -> None:
-        """Add to the (n,) rivals of every mate those of these pairs that score as high or higher."""
-        mates = self.mates
-        bounds = np.searchsorted(rows, np.stack([mates.rows, mates.rows + 1]))
-        for index in np.flatnonzero(bounds[0] < bounds[1]).tolist():
-            ascending = np.sort(scores[bounds[0, index] : bounds[1, index]])
-            own = slice(mates.starts[index], mates.starts[index + 1])
-            found[own] += len(ascending) - np.searchsorted(ascending, mates.scores[own])
-
-    def _precision(self, rivals: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(R,) AP of the mated probes; a rival with an equal score stands before the mate, a mate that failed nowhere.
+    def _precision(self, reached: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(R,) AP of the mated probes; a rival with an equal score stands before the mate, and no mate that failed.
 
         Args:
-            rivals: (n,) of every mate that score as high or higher.
+            reached: (n,) entries, mates too, that score as high as a mate or higher.
         """
         found = np.full(len(self.top), np.nan)
         mates = self.mates
         for index, row in enumerate(mates.rows.tolist()):
             own = slice(mates.starts[index], mates.starts[index + 1])
-            listed = np.sort(rivals[own][~np.isneginf(mates.scores[own])])  # the better the mate, the fewer its rivals
-            found[row] = average_precision((listed + 1 + np.arange(len(listed))).tolist(), mates=own.stop - own.start)
+            is_there = ~np.isneginf(mates.scores[own])
+            ascending = np.sort(mates.scores[own][is_there])
+            among_own = len(ascending) - np.searchsorted(ascending, mates.scores[own][is_there])
+            rivals = np.sort(reached[own][is_there] - among_own)  # the better the mate, the fewer its rivals
+            found[row] = average_precision((rivals + 1 + np.arange(len(rivals))).tolist(), mates=own.stop - own.start)
         return found
 
 
@@ -276,7 +302,7 @@ def largest_impostors(
     for part, block in exact_blocks(Sides(gallery, probes, np.arange(len(gallery)), similarity), blocks):
         size = part.stop - part.start
         floor = top[-1] if len(top) == count else _impostors_reach(block, size, count, int(mates[part].max()))
-        for rows, columns, scores in block.at_least(np.full(size, floor, np.float32)):
+        for rows, columns, scores in block.at_least(np.arange(size), np.full(size, floor, np.float32)):
             others = scores[probes.subject_ids[part][rows] != gallery.subject_ids[columns]]
             top = np.concatenate([top, others])
             if len(top) > count:

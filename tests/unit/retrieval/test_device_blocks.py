@@ -69,10 +69,13 @@ class NoisyBlock:
         noisy = -np.sort(-(self.block.scores + self.noise)[rows], axis=1)
         return noisy[:, min(count, noisy.shape[1]) - 1]
 
-    def at_least(self, lows: Any) -> Iterator[Pairs]:
-        noisy = self.block.scores + self.noise
-        rows, columns = np.nonzero(noisy >= lows[:, None])
-        yield rows, columns, noisy[rows, columns]
+    def count(self, rows: Any, lows: Any) -> Any:
+        return ((self.block.scores + self.noise)[rows] >= lows[:, None]).sum(axis=1)
+
+    def within(self, rows: Any, lows: Any, highs: Any) -> Iterator[Pairs]:
+        noisy = (self.block.scores + self.noise)[rows]
+        places, columns = np.nonzero((noisy >= lows[:, None]) & (noisy < highs[:, None]))
+        yield rows[places], columns, noisy[places, columns]
 
 
 def noisy_blocks(sides: Sides) -> Iterator[Any]:
@@ -128,7 +131,7 @@ def test_scores_are_those_of_each_pair_alone(way: str | None) -> None:
     seen = 0
     for part, block in exact_blocks(sides, WAYS[way] if way else None):
         everywhere = np.full(part.stop - part.start, -np.inf, np.float32)
-        for rows, columns, scores in block.at_least(everywhere):
+        for rows, columns, scores in block.at_least(np.arange(len(everywhere)), everywhere):
             own, entries = part.start + rows, sides.order[columns]
             assert (scores == sides.alone(own, columns)).all()
             exact = (probes[own] * gallery[entries]).sum(axis=1)
