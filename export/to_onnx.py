@@ -37,6 +37,7 @@ from export.runtime import OnnxEmbedder
 
 __all__ = [
     "MIN_BF16_OPSET_VERSION",
+    "MAX_OPSET_VERSION",
     "MIN_OPSET_VERSION",
     "OPSET_VERSION",
     "OnnxExport",
@@ -48,8 +49,12 @@ __all__ = [
     "open_for_gates",
 ]
 
-#: The newest that both ONNX Runtime 1.32 and TensorRT 11 read.
+#: The newest that ONNX Runtime 1.32 and TensorRT (11.5) both read, and that the exporter of PyTorch writes.
 OPSET_VERSION = 25
+#: The newest that ONNX Runtime 1.32 reads.
+MAX_OPSET_VERSION = 28
+#: The same with int8: 1.32 has no kernel of DequantizeLinear(28).
+MAX_INT8_OPSET_VERSION = 27
 #: Read by ONNX Runtime from 1.17 and TensorRT from 10.0 on.
 MIN_OPSET_VERSION = 20
 #: The first with bf16 convolutions.
@@ -198,13 +203,15 @@ def build_onnx(model: TrainedModel, settings: OnnxSettings) -> onnx.ModelProto:
             dynamic_shapes=({0: batch},),
             input_names=[metadata.input_name],
             output_names=[metadata.output_embedding, metadata.output_norm],
-            opset_version=settings.opset_version,
+            opset_version=min(settings.opset_version, OPSET_VERSION),
             verbose=False,
         )
     if program is None:
         raise ExportError("torch.onnx.export returned no program; report this with the versions of `aroface doctor`.")
     proto: onnx.ModelProto = program.model_proto
     _drop_trace(proto)
+    if settings.opset_version > OPSET_VERSION:
+        proto = onnx.version_converter.convert_version(proto, settings.opset_version)
     fold_batch_norms(proto)
     _stamp(proto, metadata)
     return proto
@@ -212,9 +219,10 @@ def build_onnx(model: TrainedModel, settings: OnnxSettings) -> onnx.ModelProto:
 
 def _check_settings(settings: OnnxSettings) -> None:
     lowest = MIN_BF16_OPSET_VERSION if settings.precision == "bf16" else MIN_OPSET_VERSION
-    if not lowest <= settings.opset_version <= OPSET_VERSION:
+    highest = MAX_INT8_OPSET_VERSION if settings.precision == "int8" else MAX_OPSET_VERSION
+    if not lowest <= settings.opset_version <= highest:
         raise ExportError(
-            f"--opset {settings.opset_version} cannot be had for {settings.precision}; {lowest} to {OPSET_VERSION} can."
+            f"--opset {settings.opset_version} cannot be had for {settings.precision}; {lowest} to {highest} can."
         )
 
 

@@ -25,7 +25,7 @@ from export.metadata import ModelMetadata, Precision
 from export.parity import ParityReport, check_parity
 from export.tensorrt_probe import GpuState, require_tensorrt
 from export.tensorrt_runtime import TensorRtEmbedder, make_logger, new_stream
-from export.to_onnx import MIN_BF16_OPSET_VERSION, MIN_OPSET_VERSION, OPSET_VERSION
+from export.to_onnx import MIN_BF16_OPSET_VERSION, MIN_OPSET_VERSION
 
 __all__ = ["DEFAULT_PROFILES", "EngineExport", "EngineSettings", "build_plan", "export_tensorrt", "opset_for"]
 
@@ -33,7 +33,10 @@ __all__ = ["DEFAULT_PROFILES", "EngineExport", "EngineSettings", "build_plan", "
 DEFAULT_PROFILES = (BatchProfile(minimum=1, optimum=1, maximum=8), BatchProfile(minimum=1, optimum=64, maximum=64))
 
 _GIB = 1 << 30
-_NEW_PARSER_MAJOR = 11  # reads up to opset 25
+#: The first release whose parser reads an opset: docs/operators.md of onnx-tensorrt at the commit of the release (10.0
+#: and 10.1: 20; 10.14, c727277: 24; 10.15 and 11.1, 7c51a63: 24), and the release notes of 11.5 (25). What lies between
+#: 10.1 and 10.14 could not be looked up, and gets what 10.0 reads.
+_NEWEST_OPSETS = (((11, 5), 25), ((10, 14), 24))
 _OPTIMISATION_LEVELS = range(6)
 
 
@@ -99,9 +102,15 @@ def export_tensorrt(
 
 
 def opset_for(tensorrt_release: str, precision: Precision) -> int:
-    """The newest opset that a TensorRT release, such as `10.13`, surely reads."""
-    if int(tensorrt_release.split(".")[0]) >= _NEW_PARSER_MAJOR:
-        return OPSET_VERSION
+    """The newest opset that a TensorRT release, such as `10.13`, surely reads.
+
+    With bf16 older releases get 22, the first with bf16 convolutions: their parser goes by the names of operators and
+    refuses no opset as too new.
+    """
+    release = tuple(int(part) for part in tensorrt_release.split(".")[:2])
+    for first, opset in _NEWEST_OPSETS:
+        if release >= first:
+            return opset
     return MIN_BF16_OPSET_VERSION if precision == "bf16" else MIN_OPSET_VERSION
 
 

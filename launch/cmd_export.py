@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from export.parity import ParityReport
     from export.to_onnx import OnnxSettings
 
-_OPSETS = "20 to 25"
+_OPSETS = "20 to 28"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="uint8 RGB pixels, or floats that the caller has preprocessed (%(default)s)",
     )
     parser.add_argument("--flip-fusion", action="store_true", help="embedding = e(image) + e(mirrored image)")
-    parser.add_argument("--opset", type=positive, metavar="N", help=f"of the ONNX graph, {_OPSETS} (the newest)")
+    parser.add_argument("--opset", type=positive, metavar="N", help=f"of the ONNX graph, {_OPSETS} (25)")
     parser.add_argument(
         "--faces",
         type=Path,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from launch.evaluate_options import positive, rate, rates
 from launch.gallery_options import add_gallery, milvus_token, open_gallery
+from retrieval.devices import DEVICE_NAMES
 
 if TYPE_CHECKING:
     from aroface.contract import InputContract
@@ -96,7 +97,7 @@ def _add_search(search: argparse.ArgumentParser) -> None:
         help="only entries that match a filter of Milvus over entry_id, subject_id, norm and number, such as "
         """'subject_id like "dept-7/%%"' (with --milvus only)""",
     )
-    search.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:0 or cuda:0,1 (%(default)s)")
+    search.add_argument("--device", default="cpu", metavar="D", help=f"{DEVICE_NAMES} (%(default)s)")
     search.add_argument("--out", type=Path, metavar="R.json", help="all candidate lists as JSON")
 
 

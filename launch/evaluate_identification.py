@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aroface.errors import DataError
+from launch.evaluate_device import add_device, search_blocks
 from launch.evaluate_options import add_rule, counts, positive, rates
 from launch.evaluate_source import add_out, add_similarity, finish, frozen
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rivals: every gallery entry, or every identity by its best entry (%(default)s)",
     )
     parser.add_argument("--alignment", metavar="ID", help="how the crops were aligned, kept in the result")
+    add_device(parser)
     add_similarity(parser)
     add_rule(parser)
     add_out(parser, searches=True)
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.metrics import evaluate_identification
     from retrieval.results import identification_record
 
+    blocks = search_blocks(args)
     paths = [path for path in (args.gallery, args.gallery_2, args.probes) if path]
     *galleries, probes = (read_embeddings(path) for path in paths)
     for embeddings in (*galleries, probes):
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         rule=args.rule,
         similarity=args.similarity,
         resamples=args.resamples,
+        blocks=blocks,
     )
     parts = identification_record(result, fpir_labels=args.fpir)
     parts["metrics"] |= frozen(args, searches=result.searches)

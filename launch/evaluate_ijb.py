@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from aroface.errors import ConfigError, DataError
+from launch.evaluate_device import add_device, search_blocks
 from launch.evaluate_options import add_rule, positive, rates, refuse_options
 from launch.evaluate_source import (
     add_out,
@@ -39,7 +40,7 @@ _CANDIDATES = 20
 #: Options that some of the tasks use.
 _USED_BY = {
     **dict.fromkeys(("far", "save_scores", "covariates", "covariate", "pairs"), ("1:1", "covariates")),
-    **dict.fromkeys(("fpir", "candidates", "save_candidates"), ("1:N",)),
+    **dict.fromkeys(("fpir", "candidates", "save_candidates", "device"), ("1:N",)),
 }
 
 
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"FARs of pairs: 1:1, covariates ({_FARS})")
     parser.add_argument("--fpir", type=rates, metavar="RATE,..", help=f"FPIRs of searches: 1:N ({_FPIRS})")
     parser.add_argument("--candidates", type=positive, metavar="L", help=f"1:N list length ({_CANDIDATES})")
+    add_device(parser)
     add_similarity(parser)
     add_rule(parser)
     add_out(parser, pairs=True, searches=True)
@@ -126,6 +128,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--covariates {args.covariates} needs --covariate, the name of a column.")
     if args.task != "1:N" and args.rule not in PAIR_RULES:
         raise ConfigError(f"--rule {args.rule} is about searches; --task {args.task} has {', '.join(PAIR_RULES)}.")
+    search_blocks(args)  # before the images are embedded
     args.far, args.fpir = args.far or rates(_FARS), args.fpir or rates(_FPIRS)
     args.candidates = args.candidates or _CANDIDATES
 
@@ -251,6 +254,7 @@ def _search(
         rule=args.rule,
         similarity=args.similarity,
         resamples=args.resamples,
+        blocks=search_blocks(args),
     )
     parts = identification_record(result, fpir_labels=args.fpir)
     parts["metrics"] |= frozen(args, searches=result.searches)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from launch.evaluate_device import add_device, search_blocks
 from launch.evaluate_options import add_rule, positive, rates
 from launch.evaluate_source import add_out, add_pooling, add_similarity, add_source, finish, frozen, open_collection
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pooling(parser, "N1D0")
     parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"FPIRs ({_FPIRS})")
     parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="list length (%(default)s)")
+    add_device(parser)
     add_similarity(parser)
     add_rule(parser)
     add_out(parser, searches=True)
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.results import identification_record
     from retrieval.templates import Pooling, pool_templates
 
+    blocks = search_blocks(args)
     pooling = Pooling.parse(args.pooling, media=False)
     with ExitStack() as stack:
         collection = open_collection(args, stack)
@@ -61,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "rule": args.rule,
         "similarity": args.similarity,
         "resamples": args.resamples,
+        "blocks": blocks,
     }
     closed = evaluate_identification([concatenate([one, two])], probes, **settings)
     opened = evaluate_identification([one, two], probes, **settings)

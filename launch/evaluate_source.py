@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ConfigError
+from launch.evaluate_device import search_blocks
 from launch.evaluate_options import positive, print_record, whole
 from launch.training_overlap import add_trained_on, overlap_warnings
 
@@ -264,5 +265,9 @@ def _save(
 
         count = getattr(args, "candidates", _CANDIDATES)
         write_candidates(
-            args.save_candidates, *searched, count=count, similarity=getattr(args, "similarity", None) or "cosine"
+            args.save_candidates,
+            *searched,
+            count=count,
+            similarity=getattr(args, "similarity", None) or "cosine",
+            blocks=search_blocks(args),
         )

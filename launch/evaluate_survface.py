@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.evaluate_device import add_device, search_blocks
 from launch.evaluate_options import rates, refuse_options
 from launch.evaluate_source import RESAMPLES, add_out, add_source, finish, frozen, open_collection, quality_name
 
@@ -23,7 +24,7 @@ _FARS = "0.3,0.1,0.01,0.001"
 #: Options that one of the tasks uses.
 _USED_BY = {
     "save_scores": ("verification",),
-    **dict.fromkeys(("save_candidates", "image_gallery", "resamples"), ("identification",)),
+    **dict.fromkeys(("save_candidates", "image_gallery", "resamples", "device"), ("identification",)),
 }
 
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-gallery", action="store_true", help="every gallery image for itself, ranks by identity"
     )
+    add_device(parser)
     add_source(parser, images="folder with gallery/, mated_probe/ and unmated_probe/, or the verification images")
     add_out(parser, pairs=True, searches=True)
     parser.set_defaults(resamples=None)  # the lists of pairs name no people: nothing to resample
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
     refuse_options(args, _USED_BY)
+    search_blocks(args)  # before the images are embedded
     with ExitStack() as stack:
         collection = open_collection(args, stack)
         evaluate = _identify if args.task == "identification" else _verify
@@ -84,6 +87,7 @@ def _identify(args: argparse.Namespace, collection: "Collection") -> _Found:
         candidates=LIST_LENGTH,
         rank_level="identity" if args.image_gallery else "entry",
         resamples=RESAMPLES if args.resamples is None else args.resamples,
+        blocks=search_blocks(args),
     )
     parts = identification_record(result, fpir_labels=FPIRS)
     parts["metrics"]["auc_tpir_l"] = _area(result.searches[0], LIST_LENGTH)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroface.errors import DataError
+from launch.evaluate_device import add_device, search_blocks
 from launch.evaluate_options import add_rule, counts, positive, rates
 from launch.evaluate_source import (
     add_out,
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fpir", type=rates, default=rates(_FPIRS), metavar="RATE,..", help=f"FPIRs ({_FPIRS})")
     parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"FARs ({_FARS})")
     parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="list length (%(default)s)")
+    add_device(parser)
     add_similarity(parser)
     add_rule(parser)
     add_out(parser, searches=True)
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.results import identification_record, strata_records
     from retrieval.templates import Pooling, pool_templates
 
+    blocks = search_blocks(args)
     manifest = read_template_manifest(args.manifest)
     if args.condition is not None and args.condition not in manifest.conditions:
         raise DataError(
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         rule=args.rule,
         similarity=args.similarity,
         resamples=args.resamples,
+        blocks=blocks,
     )
     parts = identification_record(result, fpir_labels=args.fpir)
     parts["metrics"] |= frozen(args, searches=result.searches)

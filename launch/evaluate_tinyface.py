@@ -12,6 +12,7 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from launch.evaluate_device import add_device, search_blocks
 from launch.evaluate_source import add_out, add_similarity, add_source, finish, open_collection
 
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--lists", type=Path, required=True, metavar="DIR", help="folder of the two .mat files")
     add_source(parser, images="folder with Probe/, Gallery_Match/ and Gallery_Distractor/")
+    add_device(parser)
     add_similarity(parser)
     add_out(parser, searches=True, thresholds=False)
 
@@ -30,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from retrieval.protocols.tinyface import COUNTS, RANKS, embed_tinyface, read_tinyface_lists
     from retrieval.results import identification_record
 
+    blocks = search_blocks(args)
     lists = read_tinyface_lists(args.lists)
     with ExitStack() as stack:
         collection = open_collection(args, stack)
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         similarity=args.similarity,
         with_average_precision=True,
         resamples=args.resamples,
+        blocks=blocks,
     )
     parts = identification_record(result, fpir_labels=())
     parts["counts"] |= {

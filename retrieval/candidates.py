@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from aroface.files import atomic_path
 from retrieval.embeddings import EmbeddingSet
-from retrieval.metrics.search import Similarity, score_tiles
+from retrieval.metrics.score_blocks import BlockMaker, Sides, Similarity, exact_blocks
 
 __all__ = ["HEADER", "candidate_rows", "write_candidates"]
 
@@ -18,7 +18,12 @@ HEADER = ("probe", "rank", "gallery", "score", "subject", "set")
 
 
 def candidate_rows(
-    gallery: EmbeddingSet, probes: EmbeddingSet, *, count: int, similarity: Similarity = "cosine"
+    gallery: EmbeddingSet,
+    probes: EmbeddingSet,
+    *,
+    count: int,
+    similarity: Similarity = "cosine",
+    blocks: BlockMaker | None = None,
 ) -> Iterator[tuple[str, int, str, float, str]]:
     """(probe, rank, gallery entry, score, subject of the entry) of the `count` best entries of every probe.
 
@@ -27,20 +32,15 @@ def candidate_rows(
     """
     names, entries = _names(probes), _names(gallery)
     subjects = gallery.subject_ids.tolist()
-    for part, scores in score_tiles(gallery, probes, np.arange(len(gallery)), similarity=similarity):
-        for name, row in zip(names[part], scores, strict=True):
-            for rank, column in enumerate(_best(row, count), start=1):
-                if np.isfinite(row[column]):
-                    yield name, rank, entries[column], float(row[column]), str(subjects[column])
-
-
-def _best(row: NDArray[np.float32], count: int) -> list[int]:
-    """Columns of the largest scores, descending; of equals the first columns."""
-    count = min(count, len(row))
-    floor = np.partition(row, len(row) - count)[len(row) - count]
-    columns = np.flatnonzero(row >= floor)
-    order: list[int] = columns[np.argsort(-row[columns], kind="stable")][:count].tolist()
-    return order
+    for part, block in exact_blocks(Sides(gallery, probes, np.arange(len(gallery)), similarity), blocks):
+        own = np.arange(part.stop - part.start)
+        for rows, columns, scores in block.at_least(own, block.floors(own, count)):
+            order = np.lexsort((columns, -scores, rows))
+            ranks = 1 + np.arange(len(rows)) - np.searchsorted(rows, rows)  # rows ascend before and after the sort
+            order, ranks, rows = order[ranks <= count], ranks[ranks <= count], rows[ranks <= count]
+            found = zip(rows.tolist(), ranks.tolist(), columns[order].tolist(), scores[order].tolist(), strict=True)
+            for row, rank, column, score in found:
+                yield names[part.start + row], rank, entries[column], score, str(subjects[column])
 
 
 def _names(embeddings: EmbeddingSet) -> list[str]:
@@ -56,11 +56,12 @@ def write_candidates(
     *,
     count: int,
     similarity: Similarity = "cosine",
+    blocks: BlockMaker | None = None,
 ) -> None:
     """Write the lists of one or two galleries as CSV, atomically; `set` is 1 or 2."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(HEADER)
         for number, gallery in enumerate(galleries, start=1):
-            for row in candidate_rows(gallery, probes, count=count, similarity=similarity):
+            for row in candidate_rows(gallery, probes, count=count, similarity=similarity, blocks=blocks):
                 table.writerow((*row, number))

@@ -5,6 +5,8 @@ galleries), TinyFace (3,728 probes, 157,871 gallery images, mAP), and the poolin
 runs in a process of its own. The limit of a protocol is the float32 product of its templates, 2 R C D operations for R
 by C of them, or the templates read once; of the pooling, every frame read once. The bootstrap has none. Times are wall
 times, and so are the peaks behind the limits.
+
+With --device the searches alone, there and on the CPU in turns, and whether they found the same.
 """
 
 import argparse
@@ -14,12 +16,21 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aroface.errors import ConfigError
 from launch.bench.measure import PeakMemory
 from launch.bench.output import Report
 from launch.bench.roofline import Peaks, measure_peaks
+from retrieval.devices import DEVICE_NAMES
+
+if TYPE_CHECKING:
+    from retrieval.embeddings import EmbeddingSet
+
+#: Galleries, probes and options of `evaluate_identification`.
+Search = tuple[list["EmbeddingSet"], "EmbeddingSet", dict[str, Any]]
 
 _DIM = 512
 _ENROLMENTS, _PROBES, _PAIRS = 3531, 19593, 15_658_489
@@ -34,12 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of every size, for a quick look (1.0)")
     parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
+    parser.add_argument("--device", metavar="D", help=f"of the searches: {DEVICE_NAMES} (cpu)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     settings = {"scale": args.scale, "resamples": args.resamples}
+    if args.device is not None:
+        return _searches_on(args, settings)
     report = Report("protocols", ("numpy", "scipy"), settings)
     peaks = _peaks()
     ijbc, tinyface = (_ENROLMENTS, _PROBES), (_TINYFACE[1], _TINYFACE[2] + _TINYFACE[3])
@@ -62,6 +76,22 @@ def run(args: argparse.Namespace) -> int:
         name = f"IJB-S pooling, {frames} frames a template"
         report.add(name, rate, "frames/s", limit=limit, higher_is_better=True)
     report.add("IJB-S pooling, 500 frames over 50, memory", peak_of[500] / peak_of[50], "ratio", at_most=1.1)
+    report.write(args.out)
+    return 0
+
+
+def _searches_on(args: argparse.Namespace, settings: dict[str, Any]) -> int:
+    from launch.bench.searches_on_gpu import measure_on
+    from retrieval.metrics.device_blocks import search_devices
+
+    devices = search_devices(args.device)
+    if not devices:
+        raise ConfigError(f"--device {args.device}: nothing to compare the CPU with; leave it out, or name a GPU.")
+    import torch
+
+    names = [torch.cuda.get_device_name(device) for device in devices]
+    report = Report("protocols", ("numpy", "torch"), {**settings, "device": args.device, "devices": names})
+    measure_on(devices, report, scale=args.scale)
     report.write(args.out)
     return 0
 
@@ -132,23 +162,25 @@ def _ijbc_bootstrap(scale: float, resamples: int) -> float:
     return perf_counter() - start
 
 
-def _ijbc_search(scale: float, resamples: int) -> float:
+def ijbc_search(scale: float) -> Search:
+    """Both galleries and the probes of IJB-C 1:N."""
     from retrieval.embeddings import EmbeddingSet
-    from retrieval.metrics import evaluate_identification
 
     values, subjects, *_ = _ijbc(scale)
     people = max(8, int(_ENROLMENTS * scale))
     half = people // 2
     parts = (slice(half), slice(half, people), slice(people, None))
     one, two, probes = (EmbeddingSet(values[part], subjects[part]) for part in parts)
-    start = perf_counter()
-    evaluate_identification([one, two], probes, ranks=(1, 5, 10), fpirs=(0.001, 0.01, 0.1))
-    return perf_counter() - start
+    return [one, two], probes, {"ranks": (1, 5, 10), "fpirs": (0.001, 0.01, 0.1)}
 
 
-def _tinyface(scale: float, resamples: int) -> float:
+def _ijbc_search(scale: float, resamples: int) -> float:
+    return _timed(ijbc_search(scale))
+
+
+def tinyface(scale: float) -> Search:
+    """Gallery and probes of TinyFace, with average precision."""
     from retrieval.embeddings import EmbeddingSet
-    from retrieval.metrics import evaluate_identification
 
     generator = np.random.default_rng(0)
     people, probes, matches, others = (max(4, int(size * scale)) for size in _TINYFACE)
@@ -159,14 +191,20 @@ def _tinyface(scale: float, resamples: int) -> float:
     gallery_ids = np.concatenate([np.arange(matches) % people, -1 - np.arange(others)])
     own = np.arange(probes) % people
     searches = centres[own] + 0.08 * generator.standard_normal((probes, _DIM), np.float32)
+    options = {"ranks": (1, 5, 10, 20, 50), "fpirs": (), "with_average_precision": True}
+    return [EmbeddingSet(gallery, gallery_ids)], EmbeddingSet(searches, own), options
+
+
+def _tinyface(scale: float, resamples: int) -> float:
+    return _timed(tinyface(scale))
+
+
+def _timed(search: Search) -> float:
+    from retrieval.metrics import evaluate_identification
+
+    galleries, probes, options = search
     start = perf_counter()
-    evaluate_identification(
-        [EmbeddingSet(gallery, gallery_ids)],
-        EmbeddingSet(searches, own),
-        ranks=(1, 5, 10, 20, 50),
-        fpirs=(),
-        with_average_precision=True,
-    )
+    evaluate_identification(galleries, probes, **options)
     return perf_counter() - start
 
 

@@ -2,7 +2,7 @@
 # What a GPU is needed for, in three parts of at most ten minutes, each leaving its results behind:
 #   bash launch/gpu/session.sh 1 OUT     environment, tests marked gpu, the classifier at 93 k, 618 k and 2 M classes
 #   bash launch/gpu/session.sh 2 OUT     training steps of R50 and R100, attacks, fp16, memory, the largest losses, peers
-#   bash launch/gpu/session.sh 3 OUT     feeding, TensorRT, Faiss, loaders
+#   bash launch/gpu/session.sh 3 OUT     feeding, Faiss, TensorRT, searches, loaders
 # options:
 #   --peers DIR      checkouts `insightface` and `ARoFace` in DIR are timed beside ours
 #   --wheels DIR     wheels of what this machine's Python lacks; installed for this session alone, without an index
@@ -160,6 +160,7 @@ part_3() {
     --out "$out/embed.json"
   step onnx-runtime 60 aroface bench export "$work/run" "$work/r100.onnx" --batches 64 --images 64 --threads 8 \
     --out "$out/onnx-runtime.json"
+  show=16 step searches 90 aroface bench protocols --device cuda --out "$out/searches.json"
   if [ -n "$peers" ]; then
     step peer-loader 90 python -m tests.peers.compare_training "$peers" --parts loader --images 20000 --workers 8 \
       --rounds 3 --out "$out/peer-loader.json"

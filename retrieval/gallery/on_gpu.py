@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aroface.errors import ConfigError
+from retrieval.devices import gpu_numbers
 from retrieval.gallery.records import IndexKind
 from retrieval.gallery.search import rounding_bound
 from retrieval.gallery.segments import Rows
@@ -39,21 +40,14 @@ def parse_device(device: str) -> list[int]:
     Raises:
         ConfigError: not such a name, or a GPU that Faiss does not see.
     """
-    if device == "cpu":
-        return []
-    import faiss
 
-    name, _, numbers = device.partition(":")
-    if name != "cuda" or not all(part.isdecimal() for part in numbers.split(",") if numbers):
-        raise ConfigError(f"device {device!r} is unknown; write cpu, cuda, cuda:0, or cuda:0,1 for several.")
-    available = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    chosen = [int(part) for part in numbers.split(",")] if numbers else list(range(available))
-    if not chosen or max(chosen) >= available:
-        raise ConfigError(
-            f"device {device}: Faiss sees {available} GPU(s) here. Install a build of Faiss with GPU support "
-            "(faiss-gpu) on a machine with an NVIDIA GPU, or choose cpu."
-        )
-    return chosen
+    def available() -> int:
+        import faiss
+
+        return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+
+    remedy = "Install a build of Faiss with GPU support (faiss-gpu)"
+    return gpu_numbers(device, available, library="Faiss", remedy=remedy)
 
 
 def on_devices(

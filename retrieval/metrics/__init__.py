@@ -10,7 +10,8 @@ from retrieval.metrics.identification import (
 )
 from retrieval.metrics.intervals import Interval, bootstrap_tar, wilson
 from retrieval.metrics.rules import PAIR_RULES, RULES, OperatingPoint, Rule, operating_point, operating_points
-from retrieval.metrics.search import GallerySearch, Similarity, average_precision, rank_scores, search_gallery
+from retrieval.metrics.score_blocks import BlockMaker, Similarity
+from retrieval.metrics.search import GallerySearch, average_precision, rank_scores, search_gallery
 from retrieval.metrics.verification import (
     FoldAccuracy,
     VerificationPoint,
@@ -26,6 +27,7 @@ from retrieval.metrics.verification import (
 __all__ = [
     "PAIR_RULES",
     "RULES",
+    "BlockMaker",
     "FoldAccuracy",
     "GallerySearch",
     "IdentificationResult",

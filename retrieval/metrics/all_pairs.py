@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
-from retrieval.metrics.search import Similarity, score_tiles
+from retrieval.metrics.score_blocks import Sides, Similarity, numpy_blocks
 
 __all__ = ["MOST_COMPARISONS", "Comparisons", "compare_all"]
 
@@ -35,8 +35,8 @@ def compare_all(gallery: EmbeddingSet, probes: EmbeddingSet, *, similarity: Simi
     if rows * columns > MOST_COMPARISONS:
         raise DataError(f"{rows} probes and {columns} entries are {rows * columns} comparisons; list pairs instead.")
     scores = np.empty((rows, columns), np.float32)
-    for part, tile in score_tiles(gallery, probes, np.arange(columns), similarity=similarity):
-        scores[part] = tile
+    for part, block in numpy_blocks(Sides(gallery, probes, np.arange(columns), similarity)):
+        scores[part] = block.scores
     same = probes.subject_ids[:, None] == gallery.subject_ids[None, :]
     probe = np.repeat(np.arange(rows, dtype=np.int32), columns)
     return Comparisons(scores.reshape(-1), same.reshape(-1), probe, np.tile(np.arange(columns, dtype=np.int32), rows))

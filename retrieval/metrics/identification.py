@@ -21,7 +21,8 @@ from retrieval.metrics.rules import (
     allowed_false_positives,
     operating_point,
 )
-from retrieval.metrics.search import GallerySearch, RankLevel, Similarity, largest_impostors, search_gallery
+from retrieval.metrics.score_blocks import BlockMaker, Similarity
+from retrieval.metrics.search import GallerySearch, RankLevel, largest_impostors, search_gallery
 
 __all__ = ["IdentificationResult", "OpenSetPoint", "StratumResult", "evaluate_identification", "evaluate_searches"]
 __all__ += ["identification_by_stratum"]
@@ -91,6 +92,7 @@ def evaluate_identification(
     similarity: Similarity = "cosine",
     with_average_precision: bool = False,
     resamples: int = 0,
+    blocks: BlockMaker | None = None,
 ) -> IdentificationResult:
     """Search one gallery, or two galleries separately with all probes.
 
@@ -105,6 +107,7 @@ def evaluate_identification(
         similarity: what is compared.
         with_average_precision: also TinyFace's AP of every mated search.
         resamples: of the bootstrap over subjects; 0: Wilson intervals, for independent searches.
+        blocks: forms the scores (default: NumPy, on the CPU); the result is the same.
 
     Returns:
         Closed set pooled over galleries; open set per gallery and their unweighted mean.
@@ -119,6 +122,7 @@ def evaluate_identification(
             ties="last_column" if rule == "argsort_rev" else "against_probe",
             similarity=similarity,
             with_average_precision=with_average_precision,
+            blocks=blocks,
         )
         for gallery in galleries
     ]
@@ -133,12 +137,10 @@ def evaluate_identification(
         resamples=resamples,
     )
     if rule == "ijb_1n":
-        result = replace(result, open_set=_pseudo_open_set(galleries[0], probes, searches[0], fpirs, similarity))
-    return replace(
-        result,
-        num_probe_failures=int((~probes.enrolled).sum()),
-        num_gallery_failures=sum(int((~g.enrolled).sum()) for g in galleries),
-    )
+        opened = _pseudo_open_set(galleries[0], probes, searches[0], fpirs, similarity, blocks)
+        result = replace(result, open_set=opened)
+    failures = [int((~side.enrolled).sum()) for side in (probes, *galleries)]
+    return replace(result, num_probe_failures=failures[0], num_gallery_failures=sum(failures[1:]))
 
 
 def evaluate_searches(
@@ -287,11 +289,13 @@ def _pseudo_open_set(
     search: GallerySearch,
     fpirs: Sequence[float],
     similarity: Similarity,
+    blocks: BlockMaker | None,
 ) -> tuple[OpenSetPoint, ...]:
     """The closed-set "TPIR" of the rule `ijb_1n`: false alarms among all impostor pairs, counted per probe."""
     mated = search.mated_best
     places = [max(math.ceil(fpir * len(probes)) - 1, 0) for fpir in fpirs]
-    top = largest_impostors(gallery, probes, count=max(places, default=0) + 1, similarity=similarity)
+    count = max(places, default=0) + 1
+    top = largest_impostors(gallery, probes, count=count, similarity=similarity, blocks=blocks)
     points = []
     for fpir, place in zip(fpirs, places, strict=True):
         if not len(mated) or not len(top):

@@ -1,40 +1,25 @@
-"""Every probe against a gallery, reduced tile by tile to best scores and ranks.
+"""Every probe against a gallery, reduced block by block to best scores and ranks.
 
-Legend: P probes, G gallery entries, D embedding dimension, S subjects in the gallery.
+Legend: P probes, G gallery entries, S subjects in the gallery, R probes of a block, n pairs of a probe and an entry.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
-from retrieval.probabilistic import mutual_likelihood, required_variances
+from retrieval.metrics.score_blocks import BlockMaker, ExactBlock, Sides, Similarity, exact_block, exact_blocks
 
-__all__ = [
-    "GallerySearch",
-    "RankLevel",
-    "Similarity",
-    "Ties",
-    "average_precision",
-    "largest_impostors",
-    "rank_scores",
-    "score_tiles",
-    "search_gallery",
-]
+__all__ = ["GallerySearch", "RankLevel", "Ties", "average_precision", "largest_impostors", "rank_scores"]
+__all__ += ["search_gallery"]
 
 RankLevel = Literal["entry", "identity"]
-#: cosine: of the embeddings. mls: mutual likelihood score of embeddings with variances.
-Similarity = Literal["cosine", "mls"]
 #: against_probe: a rival with an equal score stands before the mate. last_column: the later column stands first, and a
 #: template that failed scores 0 (the public evaluators of the PFE family).
 Ties = Literal["against_probe", "last_column"]
-
-#: Elements of the score tile.
-_TILE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -66,11 +51,11 @@ def search_gallery(
     ties: Ties = "against_probe",
     similarity: Similarity = "cosine",
     with_average_precision: bool = False,
+    blocks: BlockMaker | None = None,
 ) -> GallerySearch:
     """Compare every probe with every gallery entry.
 
-    Products are formed in float64 and rounded to float32, so that equal vectors score equally wherever they stand in
-    the gallery, and ties are ties.
+    Scores are float32 values that depend on the two templates alone, so that ties are ties (`score_blocks.py`).
 
     Args:
         gallery: one embedding a template.
@@ -79,15 +64,17 @@ def search_gallery(
         ties: who wins of equal scores.
         similarity: what is compared.
         with_average_precision: also AP, over entries.
+        blocks: forms the scores (default: NumPy, on the CPU); the result is the same.
 
     Raises:
         DataError: the two sets have different dimensions, or subject ids of different kinds; or there are no variances.
     """
     order = np.argsort(gallery.subject_ids, kind="stable")
     columns = _Columns.of(gallery.subject_ids[order], order)
+    sides = Sides(gallery, probes, order, similarity, failed_miss=ties == "against_probe")
     parts = [
-        _rank_tile(scores, columns, probes.subject_ids[part], rank_level, ties, with_average_precision)
-        for part, scores in score_tiles(gallery, probes, order, ties, similarity)
+        _Ranking.of(block, columns, probes.subject_ids[part], with_average_precision).result(rank_level, ties)
+        for part, block in exact_blocks(sides, blocks)
     ]
     return _joined(parts)
 
@@ -113,7 +100,8 @@ def rank_scores(
     """
     order = np.argsort(gallery_ids, kind="stable")
     columns = _Columns.of(gallery_ids[order], order)
-    return _rank_tile(scores[:, order], columns, probe_ids, rank_level, ties, with_average_precision)
+    block = exact_block(scores[:, order])
+    return _Ranking.of(block, columns, probe_ids, with_average_precision).result(rank_level, ties)
 
 
 @dataclass(frozen=True)
@@ -122,100 +110,169 @@ class _Columns:
 
     subjects: NDArray[Any]  #: (S,) ascending
     edges: NDArray[np.int64]  #: (S + 1,) first column of each subject
+    subject: NDArray[np.int32]  #: (G,) place of each column in `subjects`
     original: NDArray[np.int64]  #: (G,) place of each column in the gallery as given
 
     @classmethod
     def of(cls, sorted_ids: NDArray[Any], original: NDArray[np.int64]) -> "_Columns":
-        subjects, starts = np.unique(sorted_ids, return_index=True)
-        return cls(subjects, np.append(starts, len(sorted_ids)), original)
+        subjects, starts, counts = np.unique(sorted_ids, return_index=True, return_counts=True)
+        subject = np.repeat(np.arange(len(subjects), dtype=np.int32), counts)
+        return cls(subjects, np.append(starts, len(sorted_ids)), subject, original)
 
 
-def score_tiles(
-    gallery: EmbeddingSet,
-    probes: EmbeddingSet,
-    order: NDArray[np.int64],
-    ties: Ties = "against_probe",
-    similarity: Similarity = "cosine",
-) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """(probes, their scores against the gallery in `order`); -inf where a side is not enrolled."""
-    if gallery.embeddings.shape[1] != probes.embeddings.shape[1]:
-        raise DataError(
-            f"{gallery.name} has embeddings of {gallery.embeddings.shape[1]} dimensions, {probes.name} of "
-            f"{probes.embeddings.shape[1]}; they come from different models."
-        )
-    if (gallery.subject_ids.dtype.kind in "US") != (probes.subject_ids.dtype.kind in "US"):
-        raise DataError(
-            f"{gallery.name} names subjects by {gallery.subject_ids.dtype}, {probes.name} by "
-            f"{probes.subject_ids.dtype}; nobody would be found. Use integers in both, or strings in both."
-        )
-    gallery_unit, probe_unit = gallery.unit(order), probes.unit()
-    if similarity == "mls":
-        gallery_variances, probe_variances = required_variances(gallery)[order], required_variances(probes)
-    failed = ~gallery.enrolled[order]
-    rows = max(1, _TILE_ELEMENTS // len(gallery))
-    for start in range(0, len(probes), rows):
-        part = slice(start, start + rows)
-        if similarity == "mls":
-            scores = mutual_likelihood((probe_unit[part], probe_variances[part]), (gallery_unit, gallery_variances))
+@dataclass(frozen=True)
+class _Mates:
+    """The mates of some probes, probe by probe."""
+
+    rows: NDArray[np.int64]  #: (m,) mated probes, ascending
+    starts: NDArray[np.int64]  #: (m + 1,) of each probe in what follows
+    columns: NDArray[np.int64]  #: (n,)
+    scores: NDArray[np.float32]  #: (n,)
+
+    @classmethod
+    def of(cls, block: ExactBlock, columns: _Columns, rows: NDArray[np.int64], place: NDArray[np.int64]) -> "_Mates":
+        lows, counts = columns.edges[place], columns.edges[place + 1] - columns.edges[place]
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        own = np.arange(starts[-1]) + np.repeat(lows - starts[:-1], counts)
+        return cls(rows, starts, own, block.at(np.repeat(rows, counts), own))
+
+    def highest(self, values: NDArray[Any]) -> NDArray[Any]:
+        """(m,) highest of the (n,) values of each probe."""
+        return np.maximum.reduceat(values, self.starts[:-1]) if len(self.rows) else values
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """Some probes, ready to be ranked."""
+
+    block: ExactBlock
+    columns: _Columns
+    place: NDArray[np.int64]  #: (R,) of the own subject in `columns.subjects`; -1 where non-mated
+    mates: _Mates
+    top: NDArray[np.float32]  #: (R,) best mate, -inf where it failed; inf where non-mated
+    with_average_precision: bool
+
+    @classmethod
+    def of(
+        cls, block: ExactBlock, columns: _Columns, probe_ids: NDArray[Any], with_average_precision: bool
+    ) -> "_Ranking":
+        place = np.minimum(np.searchsorted(columns.subjects, probe_ids), len(columns.subjects) - 1)
+        mated = np.flatnonzero(columns.subjects[place] == probe_ids)
+        mates = _Mates.of(block, columns, mated, place[mated])
+        top, own = np.full(len(probe_ids), np.inf, np.float32), np.full(len(probe_ids), -1, np.int64)
+        top[mated], own[mated] = mates.highest(mates.scores), place[mated]
+        return cls(block, columns, own, mates, top, with_average_precision)
+
+    def result(self, rank_level: RankLevel, ties: Ties) -> GallerySearch:
+        """Count the rivals of every probe."""
+        is_mated = self.place >= 0
+        best = np.where(is_mated, self.top, -np.inf).astype(np.float32)
+        strangers = np.flatnonzero(~is_mated)
+        for rows, _, scores in self.block.at_least(strangers, self.block.floors(strangers, 1)):
+            np.maximum.at(best, rows, scores)
+        found = np.flatnonzero(is_mated & ~np.isneginf(self.top))
+        counted = rank_level == "entry" and ties == "against_probe"
+        passed = self._passed() if counted or self.with_average_precision else None
+        if counted and passed is not None:
+            at_top, above = self._counted(*passed)
         else:
-            scores = (probe_unit[part] @ gallery_unit.T).astype(np.float32)
-        if ties == "against_probe":
-            scores[:, failed] = -np.inf
-            scores[~probes.enrolled[part]] = -np.inf
-        yield part, scores
+            at_top, above = self._listed(found, rank_level, ties)
+        missed = np.select([~is_mated, np.isneginf(self.top)], [np.nan, np.inf], 0.0)
+        precision = (
+            self._precision(passed[0] + passed[1]) if self.with_average_precision and passed is not None else None
+        )
+        return GallerySearch(is_mated, best, 1 + at_top + missed, 1 + above + missed, precision)
+
+    def _passed(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(n,) entries, mates too, that score higher than a mate, and the same; of all mates, or of one of the best."""
+        mates, sizes = self.mates, np.diff(self.mates.starts)
+        higher, equal = np.zeros((2, len(mates.scores)), np.int64)
+        wanted = ~np.isneginf(mates.scores)
+        if not self.with_average_precision:
+            wanted &= np.arange(len(wanted)) == np.repeat(self._best_mates(), sizes)
+        for place in range(int(sizes.max(initial=0))):
+            probe = np.flatnonzero(sizes > place)
+            entry = mates.starts[probe] + place
+            probe, entry = probe[wanted[entry]], entry[wanted[entry]]
+            higher[entry], equal[entry] = self.block.higher_and_equal(mates.rows[probe], mates.scores[entry])
+        return higher, equal
+
+    def _best_mates(self) -> NDArray[np.int64]:
+        """(m,) of each mated probe the first mate that scores highest, by its place among all mates."""
+        mates = self.mates
+        places = np.arange(len(mates.scores))
+        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
+        return -mates.highest(np.where(is_top, -places, -len(places)))
+
+    def _counted(
+        self, higher: NDArray[np.int64], equal: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(R,) entries of others that score as high as the best mate or higher, and higher; 0 for misses."""
+        at_top, above = np.zeros((2, len(self.top)), np.int64)
+        mates, best = self.mates, self._best_mates()
+        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
+        own = np.bincount(np.repeat(np.arange(len(best)), np.diff(mates.starts))[is_top], minlength=len(best))
+        above[mates.rows] = higher[best]
+        at_top[mates.rows] = np.where(equal[best] > 0, higher[best] + equal[best] - own, 0)
+        return at_top, above
+
+    def _listed(
+        self, found: NDArray[np.int64], rank_level: RankLevel, ties: Ties
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same for other rivals and ties, which take the entries one by one."""
+        at_top, above = np.zeros((2, len(self.top)), np.int64)
+        last_own = self._last_own() if ties == "last_column" else None
+        for rows, columns, scores in self.block.at_least(found, self.top[found]):
+            subject, is_above = self.columns.subject[columns], scores > self.top[rows]
+            is_rival = subject != self.place[rows]
+            above += _count(rows, subject, is_rival & is_above, rank_level, len(above))
+            if last_own is None:
+                at_top += _count(rows, subject, is_rival, rank_level, len(above))
+            else:
+                later = ~is_above & (self.columns.original[columns] > last_own[rows])
+                at_top += np.bincount(rows[later], minlength=len(above))
+        return (at_top if last_own is None else at_top + above), above
+
+    def _last_own(self) -> NDArray[np.int64]:
+        """(R,) last place, in the gallery as given, of the mates that score highest."""
+        mates = self.mates
+        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
+        last = np.full(len(self.top), -1, np.int64)
+        last[mates.rows] = mates.highest(np.where(is_top, self.columns.original[mates.columns], -1))
+        return last
+
+    def _precision(self, reached: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(R,) AP of the mated probes; a rival with an equal score stands before the mate, and no mate that failed.
+
+        Args:
+            reached: (n,) entries, mates too, that score as high as a mate or higher.
+        """
+        found = np.full(len(self.top), np.nan)
+        mates = self.mates
+        for index, row in enumerate(mates.rows.tolist()):
+            own = slice(mates.starts[index], mates.starts[index + 1])
+            is_there = ~np.isneginf(mates.scores[own])
+            ascending = np.sort(mates.scores[own][is_there])
+            among_own = len(ascending) - np.searchsorted(ascending, mates.scores[own][is_there])
+            rivals = np.sort(reached[own][is_there] - among_own)  # the better the mate, the fewer its rivals
+            found[row] = average_precision((rivals + 1 + np.arange(len(rivals))).tolist(), mates=own.stop - own.start)
+        return found
 
 
-def _rank_tile(
-    scores: NDArray[np.float32],
-    columns: _Columns,
-    probe_ids: NDArray[Any],
+def _count(
+    rows: NDArray[np.int64],
+    subject: NDArray[np.int32],
+    chosen: NDArray[np.bool_],
     rank_level: RankLevel,
-    ties: Ties,
-    with_average_precision: bool,
-) -> GallerySearch:
-    """Ranks of some probes; the columns of `scores` are those of `columns`."""
-    place = np.minimum(np.searchsorted(columns.subjects, probe_ids), len(columns.subjects) - 1)
-    is_mated = columns.subjects[place] == probe_ids
-    count = len(scores)
-    best = np.empty(count, np.float32)
-    rank, optimistic, precision = (np.full(count, np.nan) for _ in range(3))
-    for row in range(count):
-        values = scores[row]
-        if not is_mated[row]:
-            best[row] = values.max()
-            continue
-        low, high = columns.edges[place[row]], columns.edges[place[row] + 1]
-        mates = values[low:high]
-        best[row] = top = mates.max()
-        if np.isneginf(top):
-            rank[row] = optimistic[row] = np.inf
-            precision[row] = 0.0
-            continue
-        if with_average_precision:
-            precision[row] = _row_precision(values, mates)
-        if rank_level == "identity":
-            values = np.maximum.reduceat(values, columns.edges[:-1])
-            mates = values[place[row] : place[row] + 1]
-        higher = np.count_nonzero(values > top) - np.count_nonzero(mates > top)
-        optimistic[row] = 1 + higher
-        if ties == "against_probe":
-            rank[row] = 1 + np.count_nonzero(values >= top) - np.count_nonzero(mates >= top)
-        else:
-            own = columns.original[low + np.flatnonzero(scores[row, low:high] == top)].max()
-            rivals = columns.original[np.flatnonzero(scores[row] == top)]
-            rank[row] = 1 + higher + int((rivals > own).sum())
-    return GallerySearch(is_mated, best, rank, optimistic, precision if with_average_precision else None)
-
-
-def _row_precision(values: NDArray[np.float32], mates: NDArray[np.float32]) -> float:
-    """AP of one probe; a rival with an equal score stands before the mate."""
-    descending = np.sort(mates)[::-1]
-    at_least = [int(np.count_nonzero(values >= s) - np.count_nonzero(mates >= s)) for s in descending]
-    failed = np.isneginf(descending)
-    return average_precision(
-        [place + rivals for place, (rivals, miss) in enumerate(zip(at_least, failed, strict=True), 1) if not miss],
-        mates=len(mates),
-    )
+    size: int,
+) -> NDArray[np.int64]:
+    """(R,) chosen pairs of each probe, or the subjects among them; subjects ascend within a probe."""
+    rows = rows[chosen]
+    if rank_level == "identity" and len(rows):
+        subject = subject[chosen]
+        is_first = np.append(True, (rows[1:] != rows[:-1]) | (subject[1:] != subject[:-1]))
+        rows = rows[is_first]
+    return np.bincount(rows, minlength=size)
 
 
 def _joined(parts: Sequence[GallerySearch]) -> GallerySearch:
@@ -230,18 +287,37 @@ def _joined(parts: Sequence[GallerySearch]) -> GallerySearch:
 
 
 def largest_impostors(
-    gallery: EmbeddingSet, probes: EmbeddingSet, *, count: int, similarity: Similarity = "cosine"
+    gallery: EmbeddingSet,
+    probes: EmbeddingSet,
+    *,
+    count: int,
+    similarity: Similarity = "cosine",
+    blocks: BlockMaker | None = None,
 ) -> NDArray[np.float32]:
     """The `count` largest scores between different subjects, descending; fewer where there are fewer."""
+    subjects, entries = np.unique(gallery.subject_ids, return_counts=True)
+    place = np.minimum(np.searchsorted(subjects, probes.subject_ids), len(subjects) - 1)
+    mates = np.where(subjects[place] == probes.subject_ids, entries[place], 0)
     top = np.empty(0, np.float32)
-    for part, scores in score_tiles(gallery, probes, np.arange(len(gallery)), similarity=similarity):
-        scores[probes.subject_ids[part][:, None] == gallery.subject_ids[None, :]] = np.nan
-        others = scores[scores >= (top[-1] if len(top) == count else -np.inf)]
-        top = np.concatenate([top, others])
-        if len(top) > count:
-            top = np.partition(top, len(top) - count)[len(top) - count :]
+    for part, block in exact_blocks(Sides(gallery, probes, np.arange(len(gallery)), similarity), blocks):
+        size = part.stop - part.start
+        floor = top[-1] if len(top) == count else _impostors_reach(block, size, count, int(mates[part].max()))
+        for rows, columns, scores in block.at_least(np.arange(size), np.full(size, floor, np.float32)):
+            others = scores[probes.subject_ids[part][rows] != gallery.subject_ids[columns]]
+            top = np.concatenate([top, others])
+            if len(top) > count:
+                top = np.partition(top, len(top) - count)[len(top) - count :]
         top = np.sort(top)[::-1]
-    return top
+    missing = min(count, len(probes) * len(gallery) - int(mates.sum())) - len(top)  # pairs with a side that failed
+    return np.append(top, np.full(missing, -np.inf, np.float32))
+
+
+def _impostors_reach(block: ExactBlock, size: int, count: int, mates: int) -> float:
+    """A score that `count` pairs of different subjects reach: every probe has an entry behind its mates."""
+    if size < count:
+        return -np.inf
+    floors = block.floors(np.arange(size), mates + 1)
+    return float(np.partition(floors, size - count)[size - count])
 
 
 def average_precision(mate_ranks: Sequence[int], *, mates: int | None = None) -> float:

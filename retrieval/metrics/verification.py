@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics.intervals import Interval, bootstrap_tar, wilson
 from retrieval.metrics.rules import MIN_SUPPORTED, OperatingPoint, Rule, accepts, operating_points
-from retrieval.metrics.search import Similarity
+from retrieval.metrics.score_blocks import Similarity
 from retrieval.probabilistic import mutual_likelihood_of_pairs, required_variances
 
 __all__ = [

@@ -135,8 +135,9 @@ def test_the_nearest_profile_runs_a_batch() -> None:
 
 
 def test_older_releases_get_an_older_opset() -> None:
-    assert opset_for("11.4", "fp16") == opset_for("12.0", "bf16") == OPSET_VERSION
-    assert (opset_for("10.13", "int8"), opset_for("10.9", "bf16")) == (20, 22)
+    assert opset_for("11.5", "fp16") == opset_for("11.10", "fp32") == opset_for("12.0", "bf16") == OPSET_VERSION
+    assert {opset_for(release, "bf16") for release in ("10.14", "10.16", "11.0", "11.4")} == {24}
+    assert (opset_for("10.13", "int8"), opset_for("10.9", "bf16"), opset_for("10.0", "fp32")) == (20, 22, 20)
 
 
 @pytest.mark.parametrize("text", ["", "1", "1,2", "0,1,2", "2,1,3", "1,2,x", "1,2,9999", "1,2,3,4"])

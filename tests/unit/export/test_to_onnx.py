@@ -10,10 +10,10 @@ from onnx import numpy_helper
 import export.to_onnx
 from aroface.errors import ExportError, ShapeError
 from aroface.inference import TorchEmbedder, TrainedModel
-from export.metadata import ModelMetadata
+from export.metadata import ModelMetadata, Precision
 from export.parity import synthetic_faces
 from export.runtime import OnnxEmbedder
-from export.to_onnx import OPSET_VERSION, OnnxSettings, build_onnx, export_onnx, make_onnx
+from export.to_onnx import OPSET_VERSION, OnnxSettings, build_onnx, export_onnx, finish_onnx, make_onnx, open_for_gates
 from tests.helpers.checkpoints import IMAGE_SIZE, tiny_model
 
 FACES = synthetic_faces(IMAGE_SIZE)
@@ -77,12 +77,42 @@ def test_no_batch_norm_is_left_and_every_weight_is_constant() -> None:
     assert proto.opset_import[0].version == OPSET_VERSION
 
 
-@pytest.mark.parametrize("opset", [19, 26])
+@pytest.mark.parametrize("opset", [19, 29])
 def test_opsets_that_cannot_be_had_are_refused(opset: int) -> None:
-    with pytest.raises(ExportError, match="20 to 25 can"):
+    with pytest.raises(ExportError, match="20 to 28 can"):
         make_onnx(tiny_model(), OnnxSettings(opset_version=opset))
-    with pytest.raises(ExportError, match="22 to 25 can"):
+    with pytest.raises(ExportError, match="22 to 28 can"):
         make_onnx(tiny_model(), OnnxSettings(opset_version=21, precision="bf16"))
+    with pytest.raises(ExportError, match="20 to 27 can"):
+        make_onnx(tiny_model(), OnnxSettings(opset_version=28, precision="int8"), FACES)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("opset", "precision"),
+    [
+        (28, "fp32"),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in ((20, "fp32"), (24, "fp32"), (26, "fp32"), (28, "fp16"), (27, "int8"))
+        ),
+    ],
+)
+def test_every_opset_holds_the_same_operators(tmp_path: Path, opset: int, precision: Precision) -> None:
+    protos, found = [], []
+    for version in (OPSET_VERSION, opset):
+        plain = onnx.load_from_string(_built("rgb", OnnxSettings(opset_version=version)))
+        proto = finish_onnx(plain, tiny_model("rgb"), OnnxSettings(precision=precision, opset_version=version), FACES)
+        assert [entry.version for entry in proto.opset_import] == [version]
+        path = tmp_path / "model.onnx"
+        path.write_bytes(proto.SerializeToString())
+        protos.append(proto)
+        found.append(open_for_gates(path, precision).embed(FACES[:3]))
+    nodes = [[(node.op_type, sorted(map(str, node.attribute))) for node in proto.graph.node] for proto in protos]
+    assert nodes[0] == nodes[1]
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_file_is_self_contained_and_names_no_path_of_this_machine() -> None:

@@ -14,8 +14,10 @@ from aroface.config.model import ModelConfig
 from aroface.contract import InputContract
 from aroface.inference import TorchEmbedder, TrainedModel
 from aroface.models import build_backbone
+from export.openvino_runtime import OpenVinoEmbedder
 from export.parity import check_parity, synthetic_faces
-from export.to_onnx import OnnxSettings, build_onnx, finish_onnx, open_for_gates
+from export.runtime import OnnxEmbedder
+from export.to_onnx import MAX_OPSET_VERSION, OnnxSettings, build_onnx, finish_onnx, open_for_gates
 
 #: One small network of each kind, and how near int8 comes with drawn weights.
 SMALL: dict[str, tuple[dict[str, Any], float]] = {
@@ -82,3 +84,18 @@ def test_every_backbone_in_every_precision(tmp_path: Path, kind: str, settings: 
     report = check_parity(TorchEmbedder(model, device="cpu"), open_for_gates(path, settings.precision), faces)
     if settings.precision == "int8":
         assert report.min_cosine > SMALL[kind][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", _kinds())
+def test_every_backbone_at_the_newest_opset(tmp_path: Path, kind: str) -> None:
+    model = _model(kind)
+    settings = OnnxSettings(opset_version=MAX_OPSET_VERSION)
+    proto = finish_onnx(build_onnx(model, settings), model, settings)
+    assert proto.opset_import[0].version == MAX_OPSET_VERSION
+    assert ("Attention" in {node.op_type for node in proto.graph.node}) == (kind == "vit")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    reference, faces = TorchEmbedder(model, device="cpu"), synthetic_faces(model.contract.image_size)
+    for embedder in (OnnxEmbedder(path, threads=1), OpenVinoEmbedder(path, precision="fp32", threads=1)):
+        assert check_parity(reference, embedder, faces).min_cosine > 0.9999

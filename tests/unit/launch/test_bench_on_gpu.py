@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from launch.bench import gallery_on_gpu, head_on_gpu
+from launch.bench import gallery_on_gpu, head_on_gpu, searches_on_gpu
 from launch.bench.output import Report
 from launch.bench.roofline import Peaks
 from launch.cli import main
 from retrieval.gallery.on_gpu import sharded_flat
+from retrieval.metrics import evaluate_identification
 
 CPU = torch.device("cpu")
 
@@ -75,8 +76,29 @@ def test_the_product_in_blocks_gives_the_nearest(monkeypatch):
     np.testing.assert_allclose(chosen, best, atol=2e-3)
 
 
+def test_searches_are_compared_with_those_of_the_cpu(monkeypatch):
+    report = Report("protocols", (), {})
+    searches_on_gpu.measure_on([CPU, CPU], report, scale=0.002, rounds=1)
+    found = figures(report)
+    assert sum(name.endswith(": same result") and value == 1 for name, value in found.items()) == 3
+    assert sum(name.endswith(": device") and value > 0 for name, value in found.items()) == 3
+    monkeypatch.setattr(searches_on_gpu, "_is_same", lambda *_: False)
+    searches_on_gpu.measure_on([CPU], report, scale=0.002, rounds=1)
+    assert [figure.reached for figure in report.figures if figure.name.endswith("same result")] == [True] * 3 + [
+        False
+    ] * 3
+
+
+def test_another_result_is_noticed():
+    galleries, probes, options = searches_on_gpu._collection(0.002)
+    one = evaluate_identification(galleries, probes, **options)
+    assert searches_on_gpu._is_same(one, evaluate_identification(galleries, probes, **options))
+    one.searches[0].best[3] = np.nextafter(one.searches[0].best[3], np.float32(2))
+    assert not searches_on_gpu._is_same(one, evaluate_identification(galleries, probes, **options))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("benchmark", ["head", "gallery"])
+@pytest.mark.parametrize("benchmark", ["head", "gallery", "protocols"])
 def test_a_gpu_that_is_not_there_is_named(benchmark, capsys):
     assert main(["bench", benchmark, "--device", "cuda"]) == 2
     assert "cuda" in capsys.readouterr().err
