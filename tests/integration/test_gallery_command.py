@@ -68,10 +68,10 @@ def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: A
     assert "1200 entries" in run("add", "--embeddings", strangers)
     assert "1200 entries" in run("add", "--embeddings", strangers, "--upsert")
     text = run("info")
-    for part in ("150 entries outside it", "(given)", "1050 entries then, 1200 now", "IVF"):
+    for part in ("150 entries outside the index", "(given)", "1050 entries then, 1200 now", "IVF"):
         assert part in text
     assert "index hnsw" in run("compact", "--index", "hnsw")
-    assert "0 entries outside it" in run("info")
+    assert "0 entries outside the index" in run("info")
     for options, message in [
         (["search", gallery, "--probes", mates, "--fpir", "0.01"], "calibrated: 0.1 (entry), 0.4 (entry)"),
         (["search", gallery, "--probes", mates, "--fpir", "0.1", "--level", "pooled"], "calibrate --level pooled"),
