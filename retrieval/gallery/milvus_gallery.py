@@ -187,8 +187,8 @@ class MilvusGallery(FaceGallery):
         """Enrol all parts; keep the recall of an approximate index, and the effort that it takes."""
         sample, number = None, 0
         if wish.kind != "flat":
-            rows = len(first.embeddings)
-            sample = sample_of(wish, rows, self._dimension, lambda chosen: as_unit(first.embeddings[chosen]))
+            rows, taken = len(first.embeddings), lambda chosen: as_unit(first.embeddings[chosen])
+            sample = sample_of(wish, rows, self._dimension, taken, among="of the first part ")
         for part in chain([first], others):
             numbered = np.arange(number, number + len(part.embeddings))
             self.add(part.embeddings, part.subject_ids, numbered if part.entry_ids is None else part.entry_ids)

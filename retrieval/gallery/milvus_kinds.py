@@ -68,13 +68,13 @@ def check_kind(kind: IndexKind, uri: str, version: str) -> None:
         ConfigError: a kind that Milvus does not have under this name, or that Milvus Lite only pretends to have.
     """
     offered = [name for name in MILVUS_KINDS if not (is_lite(version) and name in _NOT_IN_LITE)]
-    if kind in offered:
-        return
-    where = "on Milvus"
-    if kind in MILVUS_KINDS:
-        where = f"at {uri}: Milvus Lite would compare with every entry instead. Use a Milvus server"
-        raise ConfigError(f"index {kind} is not offered {where}, or choose from {', '.join(offered)}.")
-    raise ConfigError(f"index {kind} is not offered {where}; choose from {', '.join(offered)}.")
+    if kind not in MILVUS_KINDS:
+        raise ConfigError(f"index {kind} is not offered on Milvus; choose from {', '.join(offered)}.")
+    if kind not in offered:
+        raise ConfigError(
+            f"index {kind} is not offered by Milvus Lite ({uri}), which would compare with every entry. Use a server "
+            f"of Milvus (http://host:19530), or choose from {', '.join(offered)}."
+        )
 
 
 def index_of(kind: IndexKind, dimension: int, rows: int | None = None) -> tuple[str, dict[str, int]]:

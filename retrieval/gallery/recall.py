@@ -67,7 +67,11 @@ class Sample:
 
 
 def sample_of(
-    wish: IndexWish, count: int, dimension: int, take: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+    wish: IndexWish,
+    count: int,
+    dimension: int,
+    take: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    among: str = "",
 ) -> Sample:
     """The given probes, or some drawn at a cosine of 0.4 to enrolled vectors.
 
@@ -76,6 +80,7 @@ def sample_of(
         count: vectors to draw from.
         dimension: D.
         take: the (n, D) unit vectors of (n,) of them, ascending.
+        among: which vectors these are, if not all.
     """
     generator = np.random.default_rng(1)
     if wish.probes is not None:
@@ -88,7 +93,7 @@ def sample_of(
     noise -= (noise * vectors).sum(axis=1, keepdims=True) * vectors
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     probes = _SAMPLE_COSINE * vectors + math.sqrt(1 - _SAMPLE_COSINE**2) * noise
-    return Sample(probes.astype(np.float32), f"enrolled entries turned to cosine {_SAMPLE_COSINE}")
+    return Sample(probes.astype(np.float32), f"enrolled entries {among}turned to cosine {_SAMPLE_COSINE}")
 
 
 def recall_of(found: Sequence[Sequence[Candidate]], sample: Sample) -> Recall:
