@@ -130,7 +130,7 @@ def _build(args: argparse.Namespace) -> None:
             args.gallery,
             usable,
             collection=args.collection,
-            index=args.index,
+            index=_wish(args, args.index),
             consistency=args.consistency,
             token=milvus_token(),
             replace=args.replace,
@@ -285,6 +285,8 @@ def _info(args: argparse.Namespace) -> None:
     if info.recall:
         recall = info.recall
         print(f"  recall      @1 {recall.at_1:.4f}, @10 {recall.at_10:.4f} of {recall.probes} probes ({recall.source})")
+    if info.how:
+        print(f"  index       {info.how}")
     _print_calibration(gallery)
     if not args.milvus:
         _print_state(_local(args), with_entries=args.entries)
@@ -295,9 +297,7 @@ def _print_state(gallery: "Gallery", *, with_entries: bool) -> None:
     print(f"  generation  {manifest.generation}, {len(manifest.segments)} segments, checksums verified")
     if manifest.index_record:
         outside, removed = gallery.outside_index
-        record = manifest.index_record
-        print(f"  index       {record.factory}, effort {record.effort}, {record.rescored} rescored per place")
-        print(f"              {outside} entries outside it, {removed} removed ones still in it")
+        print(f"  changes     {outside} entries outside the index, {removed} removed ones still in it")
     if with_entries:
         print("entry\tsubject\tnorm")
         entries = gallery.entries

@@ -5,9 +5,9 @@ Faiss, `MilvusGallery` in a collection of Milvus.
 """
 
 from retrieval.gallery.gallery import Gallery
-from retrieval.gallery.index import IndexWish
 from retrieval.gallery.interface import FaceGallery
 from retrieval.gallery.milvus_gallery import Consistency, MilvusGallery
+from retrieval.gallery.recall import IndexWish
 from retrieval.gallery.records import (
     INDEX_KINDS,
     Calibration,

@@ -26,9 +26,10 @@ from retrieval.gallery.enrolment import (
     parts_of,
     replaced,
 )
-from retrieval.gallery.index import IndexWish, build_index, factory_of, open_index
+from retrieval.gallery.index import build_index, factory_of, open_index
 from retrieval.gallery.interface import FaceGallery
 from retrieval.gallery.on_gpu import on_devices, parse_device
+from retrieval.gallery.recall import IndexWish
 from retrieval.gallery.records import Calibration, GalleryInfo, IndexKind, Level
 from retrieval.gallery.search import Source
 from retrieval.gallery.segments import (
@@ -266,20 +267,20 @@ class Gallery(FaceGallery):
     def close(self) -> None:
         """Nothing to do: the memory maps go with the object."""
 
-    @property
-    def info(self) -> GalleryInfo:
-        """What the gallery holds."""
-        manifest = self.manifest
+    def _info(self, count: int) -> GalleryInfo:
+        """See `FaceGallery`."""
+        manifest, record = self.manifest, self.manifest.index_record
         return GalleryInfo(
             name=str(self.directory),
             backend="faiss",
-            count=manifest.count,
+            count=count,
             num_subjects=manifest.num_subjects,
             dimension=manifest.dimension,
             index=manifest.index,
             model_id=manifest.model_id,
             contract=manifest.contract,
-            recall=manifest.index_record.recall if manifest.index_record else None,
+            recall=record.recall if record else None,
+            how=f"{record.factory}, effort {record.effort}, {record.rescored} rescored per place" if record else "",
             calibration=manifest.calibration,
         )
 
@@ -315,7 +316,7 @@ class Gallery(FaceGallery):
     def _rows(self) -> Rows:
         return Rows([segment.embeddings for segment in self._segments], self.manifest.dimension)
 
-    def _source(self, level: Level) -> Source:
+    def _source(self, level: Level, count: int) -> Source:
         return self._pooled if level == "pooled" else self._searched
 
     @cached_property
@@ -380,15 +381,8 @@ class Gallery(FaceGallery):
         """The manifest with a new index over all entries, if the kind needs one."""
         if wish.kind == "flat" or not len(self.entries):
             return manifest.model_copy(update={"index": wish.kind, "index_record": None})
-        record = build_index(
-            self.directory,
-            manifest.generation,
-            manifest.gallery_id,
-            self._rows,
-            self.entries,
-            manifest.next_number,
-            wish,
-        )
+        generation, until = manifest.generation, manifest.next_number
+        record = build_index(self.directory, generation, manifest.gallery_id, self._rows, self.entries, until, wish)
         return manifest.model_copy(update={"index": wish.kind, "index_record": record})
 
     def _hint(self) -> None:

@@ -10,9 +10,7 @@
 "fast scan"). Scalar quantisers hold less memory and are slower than `flat` on a CPU; `ivf-pq` is the fast one.
 """
 
-import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,14 @@ from numpy.typing import NDArray
 from aroface.errors import DataError
 from aroface.files import atomic_path
 from retrieval.gallery.clusters import Clusters
+from retrieval.gallery.recall import RECALL_TOP, IndexWish, cheapest, recall_of, sample_of
 from retrieval.gallery.records import IndexKind, Recall
 from retrieval.gallery.search import Request, search_source
 from retrieval.gallery.segments import Entries, Rows
 from retrieval.gallery.sources import FlatSource, IndexedSource, TrackedIndex
 from retrieval.gallery.store import FileRecord, IndexRecord, Manifest, check_file, record_of
-from retrieval.gallery.vectors import check_embeddings
 
-__all__ = ["IndexWish", "build_index", "factory_of", "open_index"]
+__all__ = ["build_index", "factory_of", "open_index"]
 
 _TRAINED_LEAST = 1000
 _TRAINING_POINTS = 64  # for each cluster
@@ -46,20 +44,7 @@ _EFFORTS: dict[str, tuple[tuple[int, int], ...]] = {
     "hnsw": tuple((kept, 4) for kept in (16, 32, 64, 128, 256, 512)),
 }
 _RESCORED_LEAST = 32
-_SAMPLE_COSINE = 0.4
 _OWNER_MARK = b"\naroface gallery index of "
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class IndexWish:
-    """How an index should be made."""
-
-    kind: IndexKind = "flat"
-    recall: float = 0.98  #: recall@1 to reach; the cheapest search that does is kept, or the best there is
-    sample: int = 4000  #: searches to measure it with
-    probes: NDArray[np.floating[Any]] | None = None  #: (P, D) to measure with; None draws them near enrolled entries
 
 
 def factory_of(kind: IndexKind, count: int, dimension: int) -> str:
@@ -217,45 +202,14 @@ def _training_sample(rows: Rows, factory: str) -> NDArray[np.float32]:
 
 def _measured(index: Any, wish: IndexWish, rows: Rows, entries: Entries, until: int) -> tuple[int, int, Recall]:
     """The cheapest effort that reaches the wanted recall, and the recall there."""
-    probes, source = _sample(wish, rows)
-    exact = search_source(FlatSource(rows, entries), probes, Request(top=min(10, len(rows))))
-    best: tuple[int, int, Recall] | None = None
-    for effort, rescored in _efforts(wish.kind):
-        if best is not None and wish.kind.startswith("ivf") and effort > index.nlist:
-            continue
+    sample = sample_of(wish, len(rows), rows.dimension, rows.take)
+    sample.see(FlatSource(rows, entries))
+
+    def measure(effort: int, rescored: int) -> Recall:
         tracked = _tracked(index, entries.numbers, wish.kind, effort, rescored)
-        found = search_source(IndexedSource(rows, entries, tracked, until), probes, Request(top=min(10, len(rows))))
-        shares = [
-            (bool(near) and near[0].score >= true[0].score, sum(c.score >= true[-1].score for c in near) / len(true))
-            for near, true in zip(found, exact, strict=True)
-        ]
-        at_1, at_10 = (float(value) for value in np.mean(shares, axis=0))
-        recall = Recall(at_1=at_1, at_10=at_10, probes=len(probes), source=source)
-        if best is None or at_1 > best[2].at_1:
-            best = effort, rescored, recall
-        if at_1 >= wish.recall:
-            break
-    if best is None:
-        raise ValueError(f"no way to search the kind {wish.kind}")
-    if best[2].at_1 < wish.recall:
-        logger.warning(
-            "Index %s: recall@1 is %.4f at most, not %g; choose another kind, or flat.",
-            *(wish.kind, best[2].at_1, wish.recall),
-        )
-    return best
+        source = IndexedSource(rows, entries, tracked, until)
+        return recall_of(search_source(source, sample.probes, Request(top=min(RECALL_TOP, len(rows)))), sample)
 
-
-def _sample(wish: IndexWish, rows: Rows) -> tuple[NDArray[np.float32], str]:
-    generator = np.random.default_rng(1)
-    if wish.probes is not None:
-        chosen = np.sort(generator.permutation(len(wish.probes))[: wish.sample])
-        check_embeddings(wish.probes, rows.dimension)
-        given = wish.probes[chosen].astype(np.float64)
-        return (given / np.linalg.norm(given, axis=1, keepdims=True)).astype(np.float32), "given"
-    chosen = np.sort(generator.permutation(len(rows))[: wish.sample])
-    vectors = rows.take(chosen).astype(np.float64)
-    noise = generator.standard_normal(vectors.shape)
-    noise -= (noise * vectors).sum(axis=1, keepdims=True) * vectors
-    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    probes = _SAMPLE_COSINE * vectors + math.sqrt(1 - _SAMPLE_COSINE**2) * noise
-    return probes.astype(np.float32), f"enrolled entries turned to cosine {_SAMPLE_COSINE}"
+    first, *others = _efforts(wish.kind)
+    most = index.nlist if wish.kind.startswith("ivf") else math.inf
+    return cheapest(wish, [first, *(effort for effort in others if effort[0] <= most)], measure)

@@ -28,9 +28,13 @@ class FaceGallery(ABC):
     """
 
     @property
-    @abstractmethod
     def info(self) -> GalleryInfo:
         """What the gallery holds."""
+        return self._info(len(self))
+
+    @abstractmethod
+    def _info(self, count: int) -> GalleryInfo:
+        """What the gallery holds, where `count` entries are known already or do not matter."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -80,8 +84,8 @@ class FaceGallery(ABC):
         """(n,) whether each subject is enrolled."""
 
     @abstractmethod
-    def _source(self, level: Level) -> Source:
-        """What is searched at a level."""
+    def _source(self, level: Level, count: int) -> Source:
+        """What is searched at a level; `count` is what `len` said just now."""
 
     @abstractmethod
     def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
@@ -166,7 +170,7 @@ class FaceGallery(ABC):
             for group, candidates in zip(groups, single, strict=True):
                 merged[names[group]].extend(candidates)
             return {name: _best(candidates, top, level) for name, candidates in merged.items()}
-        check_embeddings(probes, self.info.dimension)
+        check_embeddings(probes, self._info(0).dimension)
         sums = TemplateSums(len(names), probes.shape[1], Pooling(media=False))
         sums.add(groups, np.zeros(len(groups)), probes.astype(np.float32))
         fused = self.search(
@@ -202,7 +206,7 @@ class FaceGallery(ABC):
         score otherwise. A threshold was found with single probes: for several fused into one (`search_templates`) it
         does not hold at any level.
         """
-        return tuple(p for p in self.info.calibration if (p.level == "pooled") == (level == "pooled"))
+        return tuple(p for p in self._info(0).calibration if (p.level == "pooled") == (level == "pooled"))
 
     def strictest(self, score: float, level: Level) -> Calibration | None:
         """The threshold of the lowest rate, calibrated for `level`, at which `score` is accepted; None if at none."""
@@ -220,7 +224,7 @@ class FaceGallery(ABC):
         Raises:
             DataError: both sides are known and differ.
         """
-        info = self.info
+        info = self._info(0)
         for what, theirs, ours in (
             ("model", model_id, info.model_id),
             ("input contract", contract, info.contract),
@@ -239,18 +243,20 @@ class FaceGallery(ABC):
         model_id: str | None,
         contract: InputContract | None,
     ) -> list[list[Candidate]]:
-        rows = self._unit_probes(probes, model_id, contract)
-        return search_source(self._source(level), rows, request)
+        count = len(self)
+        rows = self._unit_probes(probes, model_id, contract, count)
+        return search_source(self._source(level, count), rows, request)
 
     def _unit_probes(
-        self, probes: NDArray[np.floating[Any]], model_id: str | None, contract: InputContract | None
+        self, probes: NDArray[np.floating[Any]], model_id: str | None, contract: InputContract | None, count: int
     ) -> NDArray[np.float32]:
-        """(P, D) probes of length 1, after the checks that every search makes."""
+        """(P, D) probes of length 1, after the checks that every search among `count` entries makes."""
+        info = self._info(count)
         self.check_model(model_id, contract)
-        if len(self) == 0:
-            raise DataError(f"Gallery {self.info.name} is empty; enrol someone with `aroface gallery add`.")
+        if count == 0:
+            raise DataError(f"Gallery {info.name} is empty; enrol someone with `aroface gallery add`.")
         rows = np.atleast_2d(np.asarray(probes))
-        check_embeddings(rows, self.info.dimension)
+        check_embeddings(rows, info.dimension)
         return as_unit(rows)
 
 

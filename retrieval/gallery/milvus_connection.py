@@ -1,13 +1,16 @@
 """Connections to Milvus and Milvus Lite, which say what goes wrong by exceptions alone."""
 
 import logging.config
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from aroface.errors import ConfigError
 
-__all__ = ["connect"]
+__all__ = ["connect", "is_lite"]
+
+_OLDEST = (2, 3)
 
 
 def connect(uri: str, token: str) -> Any:
@@ -18,7 +21,7 @@ def connect(uri: str, token: str) -> Any:
         token: of the server.
 
     Raises:
-        ConfigError: pymilvus is missing, the file cannot be opened, or nobody answers.
+        ConfigError: pymilvus is missing, the file cannot be opened, nobody answers, or a server older than 2.3.
     """
     try:
         with _logging_left_alone():
@@ -30,13 +33,27 @@ def connect(uri: str, token: str) -> Any:
     for name in ("pymilvus", "milvus_lite", "grpc"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        return MilvusClient(uri, token=token)
+        client = MilvusClient(uri, token=token)
+        version = str(client.get_server_version())
     except MilvusException as error:
         if "://" not in uri:
             raise ConfigError(
                 f"Milvus Lite cannot open {uri}: {error}. The file is damaged, no database of Milvus Lite, or in use."
             ) from error
         raise ConfigError(f"Milvus at {uri} does not answer: {error}. Check the address and the token.") from error
+    found = re.search(r"(\d+)\.(\d+)", version)
+    if not is_lite(version) and found and tuple(map(int, found.groups())) < _OLDEST:
+        client.close()
+        raise ConfigError(
+            f"Milvus at {uri} is {version}; 2.3 or newer is needed, which replaces entries by their id. Upgrade the "
+            "server, or use another one."
+        )
+    return client
+
+
+def is_lite(version: str) -> bool:
+    """Whether a version is that of Milvus Lite; that of a server may end in `-lite` (the package `milvus`)."""
+    return version.startswith("milvus_lite")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ again here. Durability, concurrent writers, replication and visibility are those
 sent in several messages and is not one transaction, and `consistency` is Milvus' own level.
 """
 
-import json
+import copy
 import re
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -21,9 +21,21 @@ from aroface.errors import ConfigError, DataError
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery.enrolment import Part, parts_of
 from retrieval.gallery.interface import FaceGallery
+from retrieval.gallery.milvus_collection import (
+    MAX_ID,
+    Settings,
+    create_collection,
+    keep_calibration,
+    keep_settings,
+    kept,
+    make_index,
+    wait_until_indexed,
+)
 from retrieval.gallery.milvus_connection import connect
+from retrieval.gallery.milvus_kinds import Effort, check_kind, efforts_of, index_of
 from retrieval.gallery.milvus_source import MilvusSource, among, pooled_source, stored_entries
-from retrieval.gallery.records import Calibration, Candidate, GalleryInfo, IndexKind, Level
+from retrieval.gallery.recall import RECALL_TOP, IndexWish, Sample, cheapest, recall_of, sample_of
+from retrieval.gallery.records import Calibration, Candidate, GalleryInfo, IndexKind, Level, Recall
 from retrieval.gallery.search import Request, Source, search_source
 from retrieval.gallery.vectors import as_unit, check_embeddings, check_ids, lengths, listed
 
@@ -32,15 +44,7 @@ __all__ = ["Consistency", "MilvusGallery"]
 #: When a search sees what was written: at once, within a bounded time, what this client wrote, or some time.
 Consistency = Literal["Strong", "Bounded", "Session", "Eventually"]
 
-_MAX_ID = 512  # bytes of an id
 _MESSAGE_BYTES = 16 << 20  # below the 64 MiB that a server takes
-_SETTINGS, _CALIBRATION = "aroface.gallery", "aroface.calibration"  # properties of the collection, as JSON
-_INDEXES: dict[IndexKind, tuple[str, dict[str, int]]] = {
-    "flat": ("FLAT", {}),
-    "ivf": ("IVF_FLAT", {"nlist": 1024}),
-    "ivf-sq8": ("IVF_SQ8", {"nlist": 1024}),
-    "hnsw": ("HNSW", {"M": 32, "efConstruction": 100}),
-}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -52,21 +56,8 @@ class MilvusGallery(FaceGallery):
         self._uri = uri
         self.collection = collection
         self.consistency = consistency
-        described = client.describe_collection(collection)
-        try:
-            properties = dict(described["properties"])
-            settings = json.loads(properties[_SETTINGS])
-            self._index: str = settings["index"]
-            self._dimension = int(settings["dimension"])
-            self._model_id: str | None = settings["model_id"]
-            contract = settings["contract"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"Collection {collection} at {uri} was not made by aroface; name another one with `--collection`."
-            ) from error
-        self._contract = None if contract is None else InputContract.model_validate(contract)
-        stored = json.loads(properties.get(_CALIBRATION, "[]"))
-        self._calibration = tuple(Calibration.model_validate(point) for point in stored)
+        self._settings, self._calibration = kept(client, collection, uri)
+        self._dimension = self._settings.dimension
 
     @classmethod
     def open(cls, uri: str, *, collection: str = "faces", consistency: Consistency = "Strong", token: str = "") -> Self:
@@ -100,7 +91,7 @@ class MilvusGallery(FaceGallery):
         entry_ids: ArrayLike | None = None,
         *,
         collection: str = "faces",
-        index: IndexKind = "flat",
+        index: IndexKind | IndexWish = "flat",
         model_id: str | None = None,
         contract: InputContract | None = None,
         consistency: Consistency = "Strong",
@@ -110,11 +101,12 @@ class MilvusGallery(FaceGallery):
         """Make a collection of (N, D) embeddings. Arguments as `Gallery.build` and `open`.
 
         It is filled under another name (`_unfinished` behind it) and renamed when it is whole; one that it replaces is
-        dropped just before, so that a build that fails leaves the old one.
+        dropped just before, so that a build that fails leaves the old one. The recall of an approximate index is
+        measured with the given probes, or with probes near entries of the first part.
 
         Raises:
             DataError: as `Gallery.build`; a collection that exists, without `replace`.
-            ConfigError: an index kind that Milvus does not have under this name.
+            ConfigError: an index kind that the server does not have.
         """
         part = Part(embeddings, subject_ids, entry_ids)
         return cls._build(uri, [part], collection, index, model_id, contract, consistency, token, replace=replace)
@@ -126,7 +118,7 @@ class MilvusGallery(FaceGallery):
         sets: Iterable[EmbeddingSet],
         *,
         collection: str = "faces",
-        index: IndexKind = "flat",
+        index: IndexKind | IndexWish = "flat",
         model_id: str | None = None,
         contract: InputContract | None = None,
         consistency: Consistency = "Strong",
@@ -146,7 +138,7 @@ class MilvusGallery(FaceGallery):
         uri: str,
         parts: Iterable[Part],
         collection: str,
-        index: IndexKind,
+        index: IndexKind | IndexWish,
         model_id: str | None,
         contract: InputContract | None,
         consistency: Consistency,
@@ -154,8 +146,7 @@ class MilvusGallery(FaceGallery):
         *,
         replace: bool,
     ) -> Self:
-        if index not in _INDEXES:
-            raise ConfigError(f"index {index} is not offered on Milvus; choose from {', '.join(_INDEXES)}.")
+        wish = index if isinstance(index, IndexWish) else IndexWish(index)
         if not _NAME.fullmatch(collection):
             raise ConfigError(f"collection {collection!r}: letters, digits and underscores only, no digit first.")
         stream = iter(parts)
@@ -164,26 +155,25 @@ class MilvusGallery(FaceGallery):
             raise DataError(f"Gallery {uri}: there is no embedding to enrol; give at least one.")
         check_embeddings(first.embeddings, None)
         client = connect(uri, token)
+        try:
+            check_kind(wish.kind, uri, str(client.get_server_version()))
+        except ConfigError:
+            client.close()
+            raise
         if client.has_collection(collection) and not replace:
             client.close()
             raise DataError(
                 f"Gallery {collection} at {uri} exists already. Add to it, name another one, or replace it (--replace)."
             )
-        settings = {
-            "index": index,
-            "dimension": first.embeddings.shape[1],
-            "model_id": model_id,
-            "contract": contract.model_dump(mode="json") if contract else None,
-        }
+        dimension = first.embeddings.shape[1]
+        _, params = index_of(wish.kind, dimension)
+        settings = Settings(index=wish.kind, dimension=dimension, params=params, model_id=model_id, contract=contract)
         unfinished = f"{collection}_unfinished"
         client.drop_collection(unfinished)  # of a build that was killed; none is no error
         try:
-            _create(client, unfinished, settings, consistency)
-            made, number = cls(client, uri, unfinished, "Strong"), 0  # a part sees the ids of those before
-            for part in chain([first], stream):
-                numbered = np.arange(number, number + len(part.embeddings))
-                made.add(part.embeddings, part.subject_ids, numbered if part.entry_ids is None else part.entry_ids)
-                number += len(part.embeddings)
+            create_collection(client, unfinished, settings, consistency)
+            made = cls(client, uri, unfinished, "Strong")  # a part sees the ids of those before
+            made._fill(first, stream, wish)
         except BaseException:
             client.drop_collection(unfinished)
             client.close()
@@ -192,6 +182,37 @@ class MilvusGallery(FaceGallery):
         client.rename_collection(unfinished, collection)
         client.load_collection(collection)
         return cls(client, uri, collection, consistency)
+
+    def _fill(self, first: Part, others: Iterable[Part], wish: IndexWish) -> None:
+        """Enrol all parts; keep the recall of an approximate index, and the effort that it takes."""
+        sample, number = None, 0
+        if wish.kind != "flat":
+            rows, taken = len(first.embeddings), lambda chosen: as_unit(first.embeddings[chosen])
+            sample = sample_of(wish, rows, self._dimension, taken, among="of the first part ")
+        for part in chain([first], others):
+            numbered = np.arange(number, number + len(part.embeddings))
+            self.add(part.embeddings, part.subject_ids, numbered if part.entry_ids is None else part.entry_ids)
+            number += len(part.embeddings)
+            if sample is not None:
+                sample.see_rows(part.embeddings)
+        if sample is not None:
+            self._settings = self._measured(wish, sample, number)
+            keep_settings(self._client, self.collection, self._settings)
+
+    def _measured(self, wish: IndexWish, sample: Sample, count: int) -> Settings:
+        """The settings with the cheapest effort that reaches the wanted recall, and the recall there."""
+        settings = self._settings.model_copy(update={"params": index_of(wish.kind, self._dimension, count)[1]})
+        if settings != self._settings:  # less than a segment holds
+            make_index(self._client, self.collection, settings)
+        wait_until_indexed(self._client, self.collection)
+        request = Request(top=min(RECALL_TOP, count))
+
+        def measure(visits: int, rescored: int) -> Recall:
+            source = self._milvus_source("", count, Effort(wish.kind, visits, rescored))
+            return recall_of(search_source(source, sample.probes, request), sample)
+
+        visits, rescored, recall = cheapest(wish, efforts_of(wish.kind, settings.params), measure)
+        return settings.model_copy(update={"effort": visits, "rescored": rescored, "recall": recall})
 
     def add(
         self,
@@ -237,7 +258,7 @@ class MilvusGallery(FaceGallery):
             missing = sorted(set(values) - set(self._stored(field, values)))
             if missing:
                 what = field.removesuffix("_id")
-                raise DataError(f"Gallery {self.info.name} has no {what} {listed(missing)}; nothing is removed.")
+                raise DataError(f"Gallery {self._info(0).name} has no {what} {listed(missing)}; nothing is removed.")
         for field, values in wanted.items():
             for where in among(field, values):
                 self._client.delete(self.collection, filter=where)
@@ -265,9 +286,23 @@ class MilvusGallery(FaceGallery):
         if level == "pooled":
             raise ConfigError("A filter chooses entries; the level pooled has none. Search entries or subjects.")
         request = Request(top, level == "subject", threshold)
-        rows = self._unit_probes(probes, model_id, contract)
-        source = self._milvus_source(where, self._count_matches(where))
-        return search_source(source, rows, request) if source.count else [[] for _ in rows]
+        matches = self._count_matches(where)
+        count = len(self)
+        rows = self._unit_probes(probes, model_id, contract, count)
+        source = self._milvus_source(where, matches, self._settings.search.among(matches, count))
+        return search_source(source, rows, request) if matches else [[] for _ in rows]
+
+    def calibrate(self, probes: EmbeddingSet, fpirs: Sequence[float], *, level: Level = "entry") -> Self:
+        """See `FaceGallery`; among everything that was written before, whatever the consistency."""
+        points = super(MilvusGallery, self._strong()).calibrate(probes, fpirs, level=level).info.calibration
+        self._calibration = points
+        return self
+
+    def _strong(self) -> Self:
+        """The same collection, searched with everything that was written before."""
+        strong = copy.copy(self)
+        strong.consistency = "Strong"
+        return strong
 
     def has_subjects(self, subject_ids: ArrayLike) -> NDArray[np.bool_]:
         """See `FaceGallery`."""
@@ -278,25 +313,26 @@ class MilvusGallery(FaceGallery):
         """Close the connection."""
         self._client.close()
 
-    @property
-    def info(self) -> GalleryInfo:
-        """What the gallery holds. The recall of an approximate index is not measured."""
+    def _info(self, count: int) -> GalleryInfo:
+        """See `FaceGallery`."""
+        settings = self._settings
         return GalleryInfo(
             name=f"{self.collection} at {self._uri}",
             backend="milvus",
-            count=len(self),
+            count=count,
             num_subjects=None,
             dimension=self._dimension,
-            index=self._index,
-            model_id=self._model_id,
-            contract=self._contract,
-            recall=None,
+            index=settings.index,
+            model_id=settings.model_id,
+            contract=settings.contract,
+            recall=settings.recall,
+            how=settings.how,
             calibration=self._calibration,
         )
 
     def __len__(self) -> int:
-        """Enrolled entries."""
-        return self._count("")
+        """Enrolled entries. A gallery that seems to be empty, because of its consistency, is asked again."""
+        return self._count("") or (0 if self.consistency == "Strong" else self._strong()._count(""))
 
     def _count_matches(self, where: str) -> int:
         from pymilvus.exceptions import MilvusException
@@ -333,25 +369,21 @@ class MilvusGallery(FaceGallery):
                 return names
             start = max(map(int, taken)) + 1
 
-    def _source(self, level: Level) -> Source:
+    def _source(self, level: Level, count: int) -> Source:
         if level == "pooled":
             return pooled_source(stored_entries(self._client, self.collection, self.consistency), self._dimension)
-        return self._milvus_source("", len(self))
+        return self._milvus_source("", count, self._settings.search)
 
-    def _milvus_source(self, where: str, count: int) -> MilvusSource:
+    def _milvus_source(self, where: str, count: int, effort: Effort) -> MilvusSource:
         return MilvusSource(
-            self._client,
-            self.collection,
-            self._dimension,
-            count,
-            is_exact=self._index == "flat",
+            *(self._client, self.collection, self._dimension, count),
+            effort=effort,
             where=where,
             consistency=self.consistency,
         )
 
     def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:
-        text = json.dumps([point.model_dump(mode="json") for point in points])
-        self._client.alter_collection_properties(self.collection, properties={_CALIBRATION: text})
+        keep_calibration(self._client, self.collection, points)
         self._calibration = points
         return self
 
@@ -361,28 +393,7 @@ def _checked_ids(
 ) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
     """As `check_ids`; what is too long for Milvus is refused, too."""
     subjects, names = check_ids(subject_ids, entry_ids, count, taken)
-    too_long = [name for name in (*names.tolist(), *subjects.tolist()) if len(name.encode()) > _MAX_ID]
+    too_long = [name for name in (*names.tolist(), *subjects.tolist()) if len(name.encode()) > MAX_ID]
     if too_long:
-        raise DataError(f"Ids {listed(too_long)} are longer than {_MAX_ID} bytes, which Milvus does not take.")
+        raise DataError(f"Ids {listed(too_long)} are longer than {MAX_ID} bytes, which Milvus does not take.")
     return subjects, names
-
-
-def _create(client: Any, collection: str, settings: dict[str, Any], consistency: Consistency) -> None:
-    from pymilvus import DataType
-
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    schema.add_field("entry_id", DataType.VARCHAR, is_primary=True, max_length=_MAX_ID)
-    schema.add_field("subject_id", DataType.VARCHAR, max_length=_MAX_ID)
-    schema.add_field("norm", DataType.FLOAT)
-    schema.add_field("number", DataType.INT64)
-    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=settings["dimension"])
-    index_type, params = _INDEXES[settings["index"]]
-    indexes = client.prepare_index_params()
-    indexes.add_index("embedding", index_type=index_type, metric_type="IP", params=params)
-    client.create_collection(
-        collection,
-        schema=schema,
-        index_params=indexes,
-        consistency_level=consistency,
-        properties={_SETTINGS: json.dumps(settings)},
-    )

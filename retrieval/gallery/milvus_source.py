@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.gallery.milvus_kinds import Effort
 from retrieval.gallery.search import Found, exact_products, rounding_bound
 from retrieval.gallery.segments import Entries, Rows
 from retrieval.gallery.sources import PooledSource
@@ -16,8 +17,8 @@ __all__ = ["FIELDS", "MAX_LIST", "MilvusSource", "among", "pooled_source", "stor
 #: Longest list that Milvus gives.
 MAX_LIST = 16384
 FIELDS = ("entry_id", "subject_id", "norm", "number", "embedding")
-_EXTRA_CANDIDATES = 16
 _QUERY_ROWS = 1000
+_ANSWER_BYTES = 16 << 20  # of vectors in one answer; servers send 100 MB at most
 
 
 class MilvusSource:
@@ -28,7 +29,7 @@ class MilvusSource:
         collection: its name.
         dimension: D.
         count: entries in it.
-        is_exact: it compares with every entry.
+        effort: how much of its index is looked at.
         where: Milvus filter expression; "" for all entries.
         consistency: Milvus consistency level.
     """
@@ -36,62 +37,67 @@ class MilvusSource:
     max_list = MAX_LIST
 
     def __init__(
-        self, client: Any, collection: str, dimension: int, count: int, *, is_exact: bool, where: str, consistency: str
+        self, client: Any, collection: str, dimension: int, count: int, *, effort: Effort, where: str, consistency: str
     ) -> None:
         self.count = count
-        self.tolerance: float | None = rounding_bound(dimension) if is_exact else None
+        self.tolerance: float | None = rounding_bound(dimension) if effort.kind == "flat" else None
         self._client = client
         self._collection = collection
         self._dimension = dimension
         self._where = where
         self._consistency = consistency
-        self._seen: dict[int, tuple[str, str, NDArray[np.float32]]] = {}
+        self._effort = effort
+        self._names: dict[int, tuple[str, str]] = {}
+        self._scores: list[dict[int, float]] = []  # of each probe of the last answer, by number
 
     def first_list(self, top: int) -> int:
         """See `Source`."""
-        return top + _EXTRA_CANDIDATES
+        return self._effort.first_list(top)
 
     def nearest(self, probes: NDArray[np.float32], count: int) -> Found:
-        """See `Source`."""
-        answers = self._client.search(
-            self._collection,
-            data=list(probes),
-            limit=count,
-            filter=self._where,
-            output_fields=["entry_id", "subject_id", "number", "embedding"],
-            consistency_level=self._consistency,
-        )
+        """See `Source`. Scores are computed at once, and the vectors let go."""
+        self._names, self._scores = {}, []
         rows = np.full((len(probes), count), -1, np.int64)
         left_out = np.full(len(probes), -np.inf, np.float32)
-        for place, hits in enumerate(answers):
-            for column, hit in enumerate(hits):
-                entity = hit["entity"]
-                number = int(entity["number"])
-                vector = np.asarray(entity["embedding"], np.float32)
-                self._seen[number] = (str(entity["entry_id"]), str(entity["subject_id"]), vector)
-                rows[place, column] = number
+        for place, hits in enumerate(self._answers(probes, count)):
+            vectors = np.array([hit["entity"]["embedding"] for hit in hits], np.float32).reshape(-1, self._dimension)
+            numbers = [int(hit["entity"]["number"]) for hit in hits]
+            scores = exact_products(vectors, probes[[place] * len(hits)])
+            self._scores.append(dict(zip(numbers, scores.tolist(), strict=True)))
+            for number, hit in zip(numbers, hits, strict=True):
+                self._names[number] = (str(hit["entity"]["entry_id"]), str(hit["entity"]["subject_id"]))
+            rows[place, : len(hits)] = numbers
             if len(hits) == count and count < self.count:
                 left_out[place] = hits[-1]["distance"]
         return Found(rows, left_out)
 
     def approximate_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Source`."""
-        return self.exact_scores(probes, rows)  # few, and at hand
+        return self.exact_scores(probes, rows)  # at hand
 
     def exact_scores(self, probes: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `Source`."""
-        vectors = np.zeros((rows.size, self._dimension), np.float32)
-        for place, row in enumerate(rows.ravel().tolist()):
-            if row >= 0:
-                vectors[place] = self._seen[row][2]
-        scores = exact_products(vectors, np.repeat(probes, rows.shape[1], axis=0)).reshape(rows.shape)
-        scores[rows < 0] = -np.inf
-        return scores
+        """See `Source`. The probes are those of the last `nearest`."""
+        known = zip(self._scores, rows.tolist(), strict=True)
+        return np.array([[scores.get(row, -np.inf) for row in line] for scores, line in known], np.float32)
 
     def names(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
         """See `Source`."""
-        seen = [self._seen[row] for row in rows.tolist()]
-        return np.array([s[0] for s in seen], np.str_), np.array([s[1] for s in seen], np.str_)
+        found = [self._names[row] for row in rows.tolist()]
+        return np.array([entry for entry, _ in found], np.str_), np.array([subject for _, subject in found], np.str_)
+
+    def _answers(self, probes: NDArray[np.float32], count: int) -> Iterator[Any]:
+        """The hits of each probe; as many probes at a time as an answer has room for."""
+        step = max(1, _ANSWER_BYTES // (4 * self._dimension * max(1, count)))
+        for start in range(0, len(probes), step):
+            yield from self._client.search(
+                self._collection,
+                data=list(probes[start : start + step]),
+                limit=count,
+                filter=self._where,
+                output_fields=["entry_id", "subject_id", "number", "embedding"],
+                search_params=self._effort.search_params(count),
+                consistency_level=self._consistency,
+            )
 
 
 def among(field: str, values: Sequence[str]) -> Iterator[str]:

@@ -95,4 +95,5 @@ class GalleryInfo:
     model_id: str | None
     contract: InputContract | None
     recall: Recall | None  #: None where search is exact, or where nobody measured it
+    how: str  #: what is searched, and with which effort; empty where every entry is compared
     calibration: tuple[Calibration, ...]

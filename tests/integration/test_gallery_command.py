@@ -1,6 +1,7 @@
 """`aroface gallery` from build to calibrated search, on a directory and on Milvus Lite."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from launch.cli import main
 from retrieval.embedding_files import write_embeddings, write_index
 from retrieval.embeddings import EmbeddingSet
+from tests.helpers.milvus_places import MilvusPlace, milvus_place
 
 DIM = 16
 
@@ -68,10 +70,10 @@ def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: A
     assert "1200 entries" in run("add", "--embeddings", strangers)
     assert "1200 entries" in run("add", "--embeddings", strangers, "--upsert")
     text = run("info")
-    for part in ("150 entries outside it", "(given)", "1050 entries then, 1200 now", "IVF"):
+    for part in ("150 entries outside the index", "(given)", "1050 entries then, 1200 now", "IVF"):
         assert part in text
     assert "index hnsw" in run("compact", "--index", "hnsw")
-    assert "0 entries outside it" in run("info")
+    assert "0 entries outside the index" in run("info")
     for options, message in [
         (["search", gallery, "--probes", mates, "--fpir", "0.01"], "calibrated: 0.1 (entry), 0.4 (entry)"),
         (["search", gallery, "--probes", mates, "--fpir", "0.1", "--level", "pooled"], "calibrate --level pooled"),
@@ -91,10 +93,15 @@ def test_an_approximate_gallery_from_parts(tmp_path: Path, parts: str, capsys: A
     assert "'2' is not a rate" in capsys.readouterr().err
 
 
-def test_a_gallery_on_milvus(tmp_path: Path, capsys: Any) -> None:
-    pytest.importorskip("milvus_lite")
+@pytest.fixture(params=["lite", "server"])
+def milvus(request: Any, tmp_path: Path) -> Iterator[MilvusPlace]:
+    with milvus_place(request.param, tmp_path) as place:
+        yield place
+
+
+def test_a_gallery_on_milvus(milvus: MilvusPlace, tmp_path: Path, capsys: Any) -> None:
     enrolled, probes = (_write(tmp_path / f"{i}.npz", slice(0, 40), seed=i) for i in (1, 2))
-    where = [str(tmp_path / "faces.db"), "--milvus", "--collection", "staff"]
+    where = [milvus.uri, "--milvus", "--collection", milvus.collection]
     local = str(tmp_path / "g")
     for place in ([local], where):
         assert main(["gallery", "build", *place, "--embeddings", enrolled]) == 0
@@ -123,7 +130,19 @@ def test_a_gallery_on_milvus(tmp_path: Path, capsys: Any) -> None:
         (["compact", *where], "Milvus compacts by itself"),
         (["build", *where, "--embeddings", enrolled], "exists already"),
         (["info", *where[:2], "--collection", "none"], "There is no collection none"),
-        (["build", str(tmp_path / "h.db"), "--milvus", "--embeddings", enrolled, "--index", "pq"], "choose from flat"),
+        (["build", *where, "--embeddings", enrolled, "--index", "pq"], "choose from flat"),
     ]:
         assert main(["gallery", *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_recall_of_a_gallery_on_milvus(milvus: MilvusPlace, tmp_path: Path, parts: str, capsys: Any) -> None:
+    mates = _write(tmp_path / "mates.npz", slice(0, 60), seed=2)
+    where = [milvus.uri, "--milvus", "--collection", milvus.collection]
+    recall = ["--recall", "0.9", "--recall-probes", mates, "--recall-sample", "50"]
+    assert main(["gallery", "build", *where, "--embeddings", parts, "--index", "hnsw", *recall]) == 0
+    assert "1050 entries, D = 16, cosine, index hnsw, recall@1 " in capsys.readouterr().out
+    assert main(["gallery", "info", *where]) == 0
+    shown = capsys.readouterr().out
+    assert "of 50 probes (given)" in shown
+    assert "HNSW, M 32, efConstruction 100, ef 16, 1 rescored per place" in shown

@@ -1,8 +1,7 @@
 """What every gallery promises, on both implementations, against float64 brute force."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 
 from aroface.contract import InputContract
-from aroface.errors import ConfigError, DataError, ShapeError
+from aroface.errors import DataError, ShapeError
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import FaceGallery, Gallery, MilvusGallery, segments
+from tests.helpers.milvus_places import milvus_place
 
 Array = np.ndarray[Any, Any]
 RGB, BGR = (InputContract(image_size=112, colour_order=order) for order in ("rgb", "bgr"))
@@ -23,24 +23,25 @@ class Maker(Protocol):
     def __call__(self, embeddings: Array, subjects: Any, names: Any = None, **more: Any) -> FaceGallery: ...
 
 
-@pytest.fixture(params=["directory", "small segments", "milvus"])
+@pytest.fixture(params=["directory", "small segments", "milvus lite", "milvus server"])
 def make(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Maker]:
-    made: list[FaceGallery] = []
-    if request.param == "milvus":
-        pytest.importorskip("milvus_lite")
-    if request.param == "small segments":
+    where, _, kind = request.param.partition(" ")
+    if where == "small":
         monkeypatch.setattr(segments, "SEGMENT_ROWS", 16)
+    made: list[FaceGallery] = []
+    with milvus_place(kind, tmp_path) if where == "milvus" else nullcontext() as place:
 
-    def maker(embeddings: Array, subjects: Any, names: Any = None, **more: Any) -> FaceGallery:
-        if request.param == "milvus":
-            made.append(MilvusGallery.build(str(tmp_path / "m.db"), embeddings, subjects, names, **more))
-        else:
-            made.append(Gallery.build(tmp_path / "g", embeddings, subjects, names, **more))
-        return made[-1]
+        def maker(embeddings: Array, subjects: Any, names: Any = None, **more: Any) -> FaceGallery:
+            if place:
+                more |= {"collection": place.collection}
+                made.append(MilvusGallery.build(place.uri, embeddings, subjects, names, **more))
+            else:
+                made.append(Gallery.build(tmp_path / "g", embeddings, subjects, names, **more))
+            return made[-1]
 
-    yield maker
-    for gallery in made:
-        gallery.close()
+        yield maker
+        for gallery in made:
+            gallery.close()
 
 
 def _vectors(count: int, seed: int = 0) -> Array:
@@ -242,156 +243,3 @@ def test_a_threshold_holds_at_the_level_that_it_was_found_at(make: Maker) -> Non
             rate = np.mean([gallery.fpir_of(score, other) is not None for score in alarms])
             assert rate == (0.1 if (level == "pooled") == (other == "pooled") else 0.0)
             assert bool(gallery.calibration_at(other)) == bool(rate)
-
-
-@pytest.fixture
-def milvus(tmp_path: Path) -> str:
-    pytest.importorskip("milvus_lite")
-    return str(tmp_path / "m.db")
-
-
-def test_a_collection_is_replaced_by_a_whole_one_only(milvus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = MilvusGallery.build(milvus, _vectors(4), list("abcd"))
-    first.close()
-    refusals: list[tuple[Any, str]] = [
-        (["q", "q"], "occur more than once"),
-        (["q", "x" * 513], "longer than 512 bytes"),
-        (["q"], "one for each is needed"),
-    ]
-    for names, message in refusals:
-        with pytest.raises((DataError, ShapeError), match=message):
-            MilvusGallery.build(milvus, _vectors(2), ["e", "f"], names, replace=True)
-
-    def fail(*_: Any) -> None:
-        raise ConnectionError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(MilvusGallery, "add", fail)
-        with pytest.raises(ConnectionError):
-            MilvusGallery.build(milvus, _vectors(2), ["e", "f"], replace=True)
-    left = MilvusGallery.open(milvus)
-    assert {c.subject_id for c in left.search(_vectors(1), top=9)[0]} == set("abcd")
-    left.close()
-    new = MilvusGallery.build(milvus, _vectors(2)[:, :8], ["e", "f"], replace=True)
-    assert {c.subject_id for c in new.search(_vectors(1)[:, :8], top=9)[0]} == {"e", "f"}
-    assert new._client.list_collections() == ["faces"]
-    new.close()
-
-
-@pytest.mark.parametrize("index", ["ivf", "ivf-sq8", "hnsw"])
-def test_milvus_kinds_filters_and_what_is_kept(milvus: str, index: Any) -> None:
-    enrolled, subjects = _vectors(300), [f"dept-{row % 3}/{row}" for row in range(300)]
-    gallery = MilvusGallery.build(milvus, enrolled, subjects, index=index, consistency="Bounded", model_id="m1")
-    gallery.calibrate(EmbeddingSet(_vectors(100, seed=8), np.arange(1000, 1100)), [0.1])
-    thresholds = gallery.info.calibration
-    gallery.close()
-    gallery = MilvusGallery.open(milvus, consistency="Session")
-    assert (gallery.info.index, gallery.info.model_id, gallery.info.calibration) == (index, "m1", thresholds)
-    assert [point.non_mated for point in thresholds] == [100]
-    probes = enrolled[:20] + _vectors(20, seed=3) / 4
-    own = [row for row in range(300) if row % 3 == 1]
-    for row, (anyone, there) in enumerate(
-        zip(
-            gallery.search(probes, top=1),
-            gallery.search_where(probes, 'subject_id like "dept-1/%"', top=3),
-            strict=True,
-        )
-    ):
-        scores = _scores(enrolled, probes[row])
-        assert (anyone[0].entry_id, anyone[0].score) == (str(row), scores[row])
-        assert all(int(c.entry_id) in own and c.score == scores[int(c.entry_id)] for c in there)
-        assert len(there) == 3
-        assert row % 3 != 1 or there[0].entry_id == str(row)
-    with pytest.raises(ConfigError, match="the level pooled has none"):
-        gallery.search_where(probes, "", top=1, level="pooled")
-    gallery.close()
-
-
-def test_milvus_filters_are_checked_as_other_searches_are(milvus: str) -> None:
-    gallery = MilvusGallery.build(milvus, _vectors(30), np.arange(30) // 3, model_id="m1", contract=RGB)
-    probes = _vectors(2, seed=1)
-    assert gallery.search_where(probes, 'subject_id == "nobody"', top=3) == [[], []]
-    assert gallery.search_where(probes, "", top=3) == gallery.search(probes, top=3)
-    anyone = gallery.search(probes[0], top=30)[0]
-    low = anyone[9].score
-    above = gallery.search_where(probes[0], "norm > 0", top=30, threshold=low, model_id="m1", contract=RGB)[0]
-    assert above == anyone[: len(above)]
-    assert len(above) == 9
-    best = gallery.search_where(probes, 'subject_id in ["1", "2"]', top=9, level="subject")
-    assert [sorted(c.subject_id for c in found) for found in best] == [["1", "2"], ["1", "2"]]
-    refusals: list[tuple[dict[str, Any], str]] = [
-        ({"top": 0}, "at least 1 entry"),
-        ({"model_id": "m2"}, "model m1; these are of m2"),
-        ({"contract": BGR}, "embed both with the same one"),
-    ]
-    for options, message in refusals:
-        with pytest.raises(DataError, match=message):
-            gallery.search_where(probes, "norm > 0", **{"top": 1, **options})
-    for wrong in ('subject_id lke "x"', "nobody == 1", "norm >"):
-        with pytest.raises(ConfigError, match="refuses the filter.*an example: subject_id like") as caught:
-            gallery.search_where(probes, wrong, top=1)
-        assert wrong in str(caught.value)
-    gallery.remove(subject_ids=[str(i) for i in range(10)])
-    with pytest.raises(DataError, match="is empty; enrol someone"):
-        gallery.search_where(probes, "norm > 0", top=1)
-    gallery.close()
-
-
-def test_a_collection_is_built_part_by_part(milvus: str) -> None:
-    vectors = _vectors(30)
-    fte = np.arange(30) == 4
-    sets = [
-        EmbeddingSet(vectors[part], np.arange(30)[part], fte=fte[part])
-        for part in (slice(0, 10), slice(10, 12), slice(12, 30))
-    ]
-    seen: list[int] = []
-
-    def one_by_one() -> Iterator[EmbeddingSet]:
-        for number, one in enumerate(sets):
-            seen.append(number)
-            yield one
-
-    gallery = MilvusGallery.build_from(milvus, one_by_one(), model_id="m1")
-    assert seen == [0, 1, 2]
-    whole = MilvusGallery.build(milvus, vectors[~fte], np.arange(30)[~fte], collection="whole")
-    probes = _vectors(3, seed=2)
-    assert gallery.search(probes, top=29) == whole.search(probes, top=29)
-    assert (len(gallery), gallery.info.model_id) == (29, "m1")
-
-    again = [EmbeddingSet(vectors[:3], np.arange(3), keys=np.array(["a", "b", "c"]))] * 2
-    with pytest.raises(DataError, match="Entry ids a, b, c are enrolled already"):
-        MilvusGallery.build_from(milvus, iter(again), collection="twice")
-    with pytest.raises(DataError, match="There is no collection twice"):
-        MilvusGallery.open(milvus, collection="twice")
-    with pytest.raises(DataError, match="no embedding to enrol"):
-        MilvusGallery.build_from(milvus, iter([]), collection="none")
-    gallery.close()
-    whole.close()
-
-
-def test_a_damaged_file_of_milvus_lite_is_told_without_a_traceback(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("milvus_lite")
-    (tmp_path / "m.db").write_text("no database")
-    with pytest.raises(ConfigError, match=r"cannot open .*m\.db.*damaged"):
-        MilvusGallery.open(str(tmp_path / "m.db"))
-    assert not caplog.records
-
-
-def test_milvus_leaves_the_handlers_of_others_open(tmp_path: Path) -> None:
-    pytest.importorskip("milvus_lite")
-    program = """
-import logging, sys
-from retrieval.gallery import MilvusGallery
-handler = logging.StreamHandler(open(sys.argv[1], "w"))
-handler.close = lambda: handler.stream.close()
-logging.getLogger().addHandler(handler)
-try:
-    MilvusGallery.open(sys.argv[2])
-finally:
-    logging.getLogger().warning("still here")
-"""
-    log = tmp_path / "log"
-    subprocess.run([sys.executable, "-c", program, str(log), str(tmp_path / "m.db")], capture_output=True, timeout=60)
-    assert "still here" in log.read_text()
