@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from retrieval.gallery import FaceGallery
 
-__all__ = ["add_gallery", "milvus_token", "open_gallery"]
+__all__ = ["add_device", "add_gallery", "milvus_token", "open_gallery"]
 
 _CONSISTENCY = ("Strong", "Bounded", "Session", "Eventually")
 
@@ -28,6 +28,16 @@ def add_gallery(parser: argparse.ArgumentParser) -> None:
         choices=_CONSISTENCY,
         default="Strong",
         help="when searches on Milvus see changes (%(default)s)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declare --device, as `retrieval.gallery.Gallery.open` takes it."""
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="D",
+        help="where the gallery is searched: cpu, cuda, cuda:0 or cuda:0,1 (%(default)s)",
     )
 
 

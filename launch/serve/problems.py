@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from aroface.errors import ArofaceError
+from aroface.errors import ArofaceError, ConfigError
 from launch.serve.batching import QueueFullError
 from launch.serve.schema import Problem
 from launch.serve.service import ConflictError, NotEnrolledError
@@ -66,6 +66,7 @@ _STATUSES: dict[type[Exception], int] = {
     NotEnrolledError: 404,
     ConflictError: 409,
     UnsupportedImageError: 415,
+    ConfigError: 500,  # a search that finds no room on the GPUs any more
     ArofaceError: 422,
 }
 
