@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from launch.evaluate_options import positive, rate, rates
-from launch.gallery_options import add_gallery, milvus_token, open_gallery
-from retrieval.devices import DEVICE_NAMES
+from launch.gallery_options import add_device, add_gallery, milvus_token, open_gallery
 
 if TYPE_CHECKING:
     from aroface.contract import InputContract
@@ -97,7 +96,7 @@ def _add_search(search: argparse.ArgumentParser) -> None:
         help="only entries that match a filter of Milvus over entry_id, subject_id, norm and number, such as "
         """'subject_id like "dept-7/%%"' (with --milvus only)""",
     )
-    search.add_argument("--device", default="cpu", metavar="D", help=f"{DEVICE_NAMES} (%(default)s)")
+    add_device(search)
     search.add_argument("--out", type=Path, metavar="R.json", help="all candidate lists as JSON")
 
 

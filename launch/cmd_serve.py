@@ -10,6 +10,7 @@ import gc
 from pathlib import Path
 
 from launch.evaluate_options import positive
+from launch.gallery_options import add_device
 from launch.model_options import add_runtime_options
 
 _SHORTEST_KEY = 16
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, required=True, metavar="MODEL", help="run directory, checkpoint, .onnx or .engine"
     )
     parser.add_argument("--gallery", required=True, metavar="G", help="directory of the gallery")
+    add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="file that holds the access key")
@@ -52,16 +54,17 @@ def run(args: argparse.Namespace) -> int:
         from launch.serve.yunet import YuNet
 
         detector = YuNet(args.detector)
+    gallery = Gallery.open(directory, device=args.device)
     embedder = open_embedder(
         args.model, precision=args.precision, threads=args.threads, batch_size=args.batch, runtime=args.runtime
     )
-    gallery = Gallery.open(directory)
     service = FaceService(
         embedder, gallery, ServiceStats(), detector=detector, max_batch=args.batch, max_queue=args.queue
     )
+    gallery.make_ready()
     limits = GuardSettings(key, max_body_bytes=args.max_upload_mib << 20, max_requests=args.queue + args.batch)
     app = create_app(service, limits)
-    print(f"{len(gallery)} entries of {args.gallery}, {embedder.model_id}", flush=True)
+    print(f"{len(gallery)} entries of {args.gallery} on {args.device}, {embedder.model_id}", flush=True)
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{shown}:{args.port}/  ({'access key needed' if key else 'no access key'}; Ctrl-C stops)", flush=True)
     _freeze_what_stays()

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrieval.devices import DEVICE_NAMES
+
 if TYPE_CHECKING:
     from retrieval.gallery import FaceGallery
 
-__all__ = ["add_gallery", "milvus_token", "open_gallery"]
+__all__ = ["add_device", "add_gallery", "milvus_token", "open_gallery"]
 
 _CONSISTENCY = ("Strong", "Bounded", "Session", "Eventually")
 
@@ -28,6 +30,16 @@ def add_gallery(parser: argparse.ArgumentParser) -> None:
         choices=_CONSISTENCY,
         default="Strong",
         help="when searches on Milvus see changes (%(default)s)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declare --device, as `retrieval.gallery.Gallery.open` takes it."""
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="D",
+        help=f"where the gallery is searched: {DEVICE_NAMES} (%(default)s)",
     )
 
 

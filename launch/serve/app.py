@@ -1,23 +1,19 @@
 """The HTTP interface: enrol, search, compare, delete, the page, health and metrics."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-from fastapi import Depends, FastAPI, File, Form, Query, Request, Response, UploadFile
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, File, Form, Query, Response, UploadFile
 from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 from pydantic import AfterValidator, WithJsonSchema
-from starlette.exceptions import HTTPException
 
 from aroface import __version__
-from aroface.errors import ArofaceError
-from launch.serve.batching import QueueFullError
 from launch.serve.guard import Guard, GuardSettings
+from launch.serve.problems import ANYWHERE, ON_DELETION, ON_FACES, WITHOUT_KEY, add_handlers
 from launch.serve.schema import (
     Comparison,
     EnrolledEntry,
@@ -25,13 +21,12 @@ from launch.serve.schema import (
     Health,
     Match,
     Matches,
-    Problem,
     Removed,
     Status,
     Threshold,
 )
-from launch.serve.service import ConflictError, FaceService, Found, NotEnrolledError
-from launch.serve.uploads import UnsupportedImageError, parse_landmarks
+from launch.serve.service import FaceService, Found
+from launch.serve.uploads import parse_landmarks
 
 __all__ = ["create_app"]
 
@@ -39,25 +34,6 @@ _LONGEST_ID = 200
 _MORE_THREADS = 16  # for what is no face: the state, deletions, the page
 _PAGE_FILES = {f"/{name}": name for name in ("page.css", "page.js", "icon.svg")} | {"/": "index.html"}
 _MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": text}
-    for status, text in {
-        400: "the request is not well formed",
-        401: "no access key, or a wrong one",
-        403: "sent by a page of another site",
-        408: "the request came too slowly",
-        409: "the gallery, as it is, cannot take it",
-        413: "too large",
-        415: "neither JPEG nor PNG",
-        422: "a field or an image that cannot be used",
-        503: "too many requests are waiting",
-    }.items()
-}
-_GUARDED: dict[int | str, dict[str, Any]] = {
-    status: _PROBLEMS[status] for status in (400, 401, 403, 408, 413, 503)
-}  # `Guard` may answer these anywhere
-_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "not enrolled"}}
 
 
 def _as_id(text: str) -> str:
@@ -68,9 +44,17 @@ def _as_id(text: str) -> str:
     return text
 
 
-_Id = Annotated[str, AfterValidator(_as_id), WithJsonSchema({"type": "string", "maxLength": _LONGEST_ID})]
-_IdField = Annotated[_Id, Form(json_schema_extra={"minLength": 1})]
-_IdQuery = Annotated[_Id, Query(json_schema_extra={"minLength": 1})]
+_VISIBLE = r"[\p{L}\p{M}\p{N}\p{P}\p{S}]"
+#: What `_as_id` takes.
+_ID_SCHEMA = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": _LONGEST_ID,
+    "pattern": f"^ *{_VISIBLE}({_VISIBLE}| )*$",
+}
+_Id = Annotated[str, AfterValidator(_as_id), WithJsonSchema(_ID_SCHEMA)]
+_IdField = Annotated[_Id, Form()]
+_IdQuery = Annotated[_Id, Query()]
 _Image = Annotated[UploadFile, File(description="JPEG or PNG: an aligned square crop, or a photograph with landmarks")]
 _Landmarks = Annotated[
     str | None, Form(description="JSON [[x, y], ...] of left eye, right eye, nose, mouth corners, in pixels")
@@ -101,43 +85,11 @@ def create_app(service: FaceService, settings: GuardSettings) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(Guard, settings=settings, stats=service.stats)
-    _add_errors(app)
+    add_handlers(app)
     _add_pages(app)
     _add_state(app, service)
     _add_faces(app, service)
     return app
-
-
-def _add_errors(app: FastAPI) -> None:
-    statuses: dict[type[Exception], int] = {
-        QueueFullError: 503,
-        NotEnrolledError: 404,
-        ConflictError: 409,
-        UnsupportedImageError: 415,
-        ArofaceError: 422,
-    }
-
-    def answer(status: int) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
-        async def handler(request: Request, error: Exception) -> JSONResponse:
-            headers = {"Retry-After": "1"} if status == 503 else None
-            return JSONResponse({"error": str(error)}, status, headers)
-
-        return handler
-
-    for kind, status in statuses.items():
-        app.add_exception_handler(kind, answer(status))
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
-        problems = (f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
-        return JSONResponse({"error": "; ".join(problems)}, 422)
-
-    async def refused(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
-        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
-
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, refused)
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -155,18 +107,18 @@ def _add_pages(app: FastAPI) -> None:
 def _add_state(app: FastAPI, service: FaceService) -> None:
     key = [Depends(HTTPBearer(auto_error=False))]  # for the description; Guard checks it
 
-    @app.get("/health", responses=_some(400, 403, 408, 413, 503))
+    @app.get("/health", responses=WITHOUT_KEY)
     async def health() -> Health:
         """Whether the service is up; needs no key."""
         return Health(status="ok")
 
-    @app.get("/metrics", dependencies=key, response_class=Response, responses={**_GUARDED, 200: {"content": _TEXT}})
+    @app.get("/metrics", dependencies=key, response_class=Response, responses={**ANYWHERE, 200: {"content": _TEXT}})
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         text = service.stats.exposition(depths=service.depths(), entries=len(service.gallery))
         return Response(text, media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/gallery", dependencies=key, responses=_GUARDED)
+    @app.get("/v1/gallery", dependencies=key, responses=ANYWHERE)
     def gallery() -> GalleryState:
         """What is searched, and with what."""
         info = service.gallery.info
@@ -185,7 +137,7 @@ def _add_state(app: FastAPI, service: FaceService) -> None:
             detects_faces=service.detector is not None,
         )
 
-    @app.get("/v1/status", dependencies=key, responses=_GUARDED)
+    @app.get("/v1/status", dependencies=key, responses=ANYWHERE)
     async def status() -> Status:
         """Load and speed."""
         speed = service.stats.speed()
@@ -200,17 +152,13 @@ def _add_state(app: FastAPI, service: FaceService) -> None:
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
-def _some(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: _PROBLEMS[status] for status in statuses}
-
-
 def _add_faces(app: FastAPI, service: FaceService) -> None:
     key = [Depends(HTTPBearer(auto_error=False))]
 
     def read(upload: UploadFile, landmarks: str | None) -> "NDArray[Any]":
         return service.crop(upload.file.read(), parse_landmarks(landmarks))
 
-    @app.post("/v1/search", dependencies=key, responses=_PROBLEMS)
+    @app.post("/v1/search", dependencies=key, responses=ON_FACES)
     def search(
         image: _Image,
         landmarks: _Landmarks = None,
@@ -224,14 +172,14 @@ def _add_faces(app: FastAPI, service: FaceService) -> None:
         matches = [_match(one, meaning) for one, meaning in zip(found, meanings, strict=True)]
         return Matches(matches=matches, is_calibrated=is_calibrated)
 
-    @app.post("/v1/compare", dependencies=key, responses=_PROBLEMS)
+    @app.post("/v1/compare", dependencies=key, responses=ON_FACES)
     def compare(
         first: _Image, second: _Image, first_landmarks: _Landmarks = None, second_landmarks: _Landmarks = None
     ) -> Comparison:
         """How similar two faces are."""
         return Comparison(score=service.compare(read(first, first_landmarks), read(second, second_landmarks)))
 
-    @app.post("/v1/entries", status_code=201, dependencies=key, responses=_PROBLEMS)
+    @app.post("/v1/entries", status_code=201, dependencies=key, responses=ON_FACES)
     def enrol(
         image: _Image,
         subject_id: _IdField,
@@ -242,16 +190,12 @@ def _add_faces(app: FastAPI, service: FaceService) -> None:
         entry = service.enrol(read(image, landmarks), subject_id, entry_id)
         return EnrolledEntry(entry_id=entry.entry_id, subject_id=entry.subject_id, norm=entry.norm)
 
-    @app.delete(
-        "/v1/entries", dependencies=key, responses={**_some(400, 401, 403, 408, 409, 413, 422, 503), **_NOT_FOUND}
-    )
+    @app.delete("/v1/entries", dependencies=key, responses=ON_DELETION)
     def remove_entry(entry_id: _IdQuery) -> Removed:
         """Delete one entry."""
         return Removed(entries=service.remove(entry_id=entry_id))
 
-    @app.delete(
-        "/v1/subjects", dependencies=key, responses={**_some(400, 401, 403, 408, 409, 413, 422, 503), **_NOT_FOUND}
-    )
+    @app.delete("/v1/subjects", dependencies=key, responses=ON_DELETION)
     def remove_subject(subject_id: _IdQuery) -> Removed:
         """Delete all entries of a subject."""
         return Removed(entries=service.remove(subject_id=subject_id))

@@ -11,10 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.serve.stats import ServiceStats
 
-__all__ = ["Guard", "GuardSettings", "is_loopback"]
+__all__ = ["Guard", "GuardSettings", "answer", "is_loopback"]
 
 #: Open without a key: the page, which holds no data, and the health check of a load balancer.
 _PUBLIC = ("/", "/health", "/page.css", "/page.js", "/icon.svg")
+#: Of a request that needs none; otherwise anybody could fill the memory through the public addresses.
+_SMALL_BODY_BYTES = 1 << 14
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -54,7 +56,7 @@ class Guard:
             return
         status = 500
         finished = time.perf_counter()
-        is_work = scope["method"] == "POST"
+        is_work = scope["method"] == "POST" and scope["path"] not in _PUBLIC
 
         async def send_counted(message: Message) -> None:
             nonlocal status
@@ -63,12 +65,16 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
             await send(message)
 
+        body: bytes | tuple[int, str] | None = self._stranger(scope) or (self._overload() if is_work else None)
+        is_work = is_work and body is None  # who is refused does not take the place of another
         self._working += is_work
         try:
-            body = self._refusal(scope) or await self._body(scope, receive)
+            if body is None:
+                limit = self._settings.max_body_bytes if is_work else _SMALL_BODY_BYTES
+                body = await self._body(scope, receive, limit)
             finished = time.perf_counter()
             if isinstance(body, tuple):
-                await _answer(send_counted, *body)
+                await answer(send_counted, *body)
             else:
                 await self._app(scope, _replay(body, receive), send_counted)
         finally:
@@ -76,13 +82,10 @@ class Guard:
             route = getattr(scope.get("route"), "path", "other")
             self._stats.count_request(route, status, time.perf_counter() - finished)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        return self._stranger(scope) or self._overload()
-
     def _overload(self) -> tuple[int, str] | None:
-        if self._working <= self._settings.max_requests:
+        if self._working < self._settings.max_requests:
             return None
-        return 503, f"{self._working - 1} requests are being answered; try again in a moment."
+        return 503, f"{self._working} requests are being answered; try again in a moment."
 
     def _stranger(self, scope: Scope) -> tuple[int, str] | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -102,8 +105,7 @@ class Guard:
             return 401, "An access key is needed: send `Authorization: Bearer KEY`."
         return None
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | tuple[int, str]:
-        limit = self._settings.max_body_bytes
+    async def _body(self, scope: Scope, receive: Receive, limit: int) -> bytes | tuple[int, str]:
         too_large = 413, f"The request is larger than the limit of {limit / 2**20:g} MiB."
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > limit:
@@ -156,7 +158,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _answer(send: Send, status: int, text: str) -> None:
+async def answer(send: Send, status: int, text: str) -> None:
+    """Send an answer of the form `Problem`."""
     body = json.dumps({"error": text}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:

@@ -1,12 +1,16 @@
 """The server process: uvicorn, with a limit on how long a client may take to send its headers."""
 
 import asyncio
+import json
 from typing import Any
 
 import h11
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from launch.serve.guard import answer
 
 __all__ = ["make_server"]
 
@@ -18,13 +22,15 @@ class _ImpatientProtocol(H11Protocol):
     """Closes a connection that has not sent one whole request head in time; uvicorn would wait for ever.
 
     The time runs from the connection, and later from the first byte of a head; between two requests uvicorn's own
-    keep-alive time does.
+    keep-alive time does. What it refuses of itself is answered in the form of all other problems.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > _MOST_CONNECTIONS:
+            self.app = _refuse
         self._start()
 
     def data_received(self, data: bytes) -> None:
@@ -33,6 +39,13 @@ class _ImpatientProtocol(H11Protocol):
             self._stop()
         elif self._deadline is None:
             self._start()
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps({"error": msg}).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
@@ -47,6 +60,10 @@ class _ImpatientProtocol(H11Protocol):
             self._deadline = None
 
 
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    await answer(send, 503, f"{_MOST_CONNECTIONS} connections are open; try again in a moment.")
+
+
 def make_server(app: FastAPI, *, host: str, port: int) -> uvicorn.Server:
     """A server that is ready to `run()`; SIGTERM and Ctrl-C answer what is going on, then stop."""
     config = uvicorn.Config(
@@ -56,7 +73,6 @@ def make_server(app: FastAPI, *, host: str, port: int) -> uvicorn.Server:
         http=_ImpatientProtocol,
         ws="none",
         log_level="warning",
-        limit_concurrency=_MOST_CONNECTIONS,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=10,
         server_header=False,

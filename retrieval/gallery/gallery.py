@@ -28,7 +28,7 @@ from retrieval.gallery.enrolment import (
 )
 from retrieval.gallery.index import build_index, factory_of, open_index
 from retrieval.gallery.interface import FaceGallery
-from retrieval.gallery.on_gpu import on_devices, parse_device
+from retrieval.gallery.on_gpu import DeviceCopy, parse_device
 from retrieval.gallery.recall import IndexWish
 from retrieval.gallery.records import Calibration, GalleryInfo, IndexKind, Level
 from retrieval.gallery.search import Source
@@ -73,7 +73,7 @@ class Gallery(FaceGallery):
         self.manifest = manifest
         self._segments = tuple(segments)
         self._index: TrackedIndex | None = None
-        self._devices: list[int] = []
+        self._copy: DeviceCopy | None = None
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = True, device: str = "cpu") -> Self:
@@ -83,7 +83,8 @@ class Gallery(FaceGallery):
             directory: of the gallery.
             verify: compare the checksums of all files, at the price of reading them once more.
             device: where to search: `cpu`, `cuda` (all GPUs), `cuda:0`, or `cuda:0,1`. The GPUs are filled at the
-                first search and again after every change.
+                first search, or by `make_ready`, and again after many changes; the states that come from this one by
+                changes share what is there.
 
         Raises:
             DataError: no gallery there, or a damaged one.
@@ -91,7 +92,7 @@ class Gallery(FaceGallery):
         """
         devices = parse_device(device)
         state = cls._ready(directory, (), verify=verify)
-        state._devices = devices
+        state._copy = DeviceCopy(devices) if devices else None
         return state
 
     @classmethod
@@ -261,8 +262,17 @@ class Gallery(FaceGallery):
     def latest(self) -> Self:
         """The present state of the directory; what is open already is not read again."""
         state = self._ready(self.directory, self._segments, verify=False, before=self)
-        state._devices = self._devices
+        state._copy = self._copy
         return state
+
+    def make_ready(self) -> None:
+        """Do now what the first search would otherwise wait for, such as to fill the GPUs.
+
+        Raises:
+            ConfigError: a kind that is searched on the CPU only, or a gallery that does not fit on the GPUs.
+        """
+        if len(self):
+            self._source("entry")
 
     def close(self) -> None:
         """Nothing to do: the memory maps go with the object."""
@@ -327,9 +337,8 @@ class Gallery(FaceGallery):
     def _searched(self) -> Source:
         record, index, rows = self.manifest.index_record, self._index, self._rows
         until = record.until if record else self.manifest.next_number
-        if self._devices:
-            index = on_devices(self.manifest.index, index, rows, self.entries.numbers, self._devices)
-            until = self.manifest.next_number if self.manifest.index in ("flat", "fp16") else until
+        if self._copy is not None:
+            index, until = self._copy.of(self.manifest, index, rows, self.entries.numbers)
         return FlatSource(rows, self.entries) if index is None else IndexedSource(rows, self.entries, index, until)
 
     def _with_calibration(self, points: tuple[Calibration, ...]) -> Self:

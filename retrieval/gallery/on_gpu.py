@@ -7,10 +7,13 @@
     others             stay on the CPU: Faiss has no GPU form of fast-scan codes and graphs.
 
 Vectors go to a device in one call for each stretch of rows, and each stretch has an index of its own: an index that
-grows would hold its old and its new memory at once.
+grows would hold its old and its new memory at once. For the same reason a change of the gallery leaves what is on the
+devices alone, as an index on the CPU: entries enrolled since are compared on the CPU, removed ones are skipped.
 """
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,19 @@ from retrieval.gallery.records import IndexKind
 from retrieval.gallery.search import rounding_bound
 from retrieval.gallery.segments import Rows
 from retrieval.gallery.sources import TrackedIndex
+from retrieval.gallery.store import IndexRecord, Manifest
 
-__all__ = ["GPU_KINDS", "MAX_LIST", "on_devices", "parse_device", "sharded_flat"]
+__all__ = ["GPU_KINDS", "MAX_LIST", "DeviceCopy", "on_devices", "parse_device", "sharded_flat"]
 
 GPU_KINDS: tuple[IndexKind, ...] = ("flat", "fp16", "ivf", "ivf-fp16", "ivf-sq8")
+_EXACT_KINDS: tuple[IndexKind, ...] = ("flat", "fp16")
 #: Longest list that Faiss selects on a GPU.
 MAX_LIST = 2048
+#: Removed entries that an exact copy may still hold: the longest list has as many places for others.
+_MOST_REMOVED = MAX_LIST // 2
+#: Entries enrolled since it was filled: so many, or this share of all where that is more. They lie in the CPU's memory
+#: and are read at every search, 2 KiB each at 512 dimensions.
+_MOST_ADDED, _ADDED_SHARE = 10_000, 0.01
 _STRETCH_BYTES = 1 << 31  # of float32 rows on the host at a time
 _EXTRA_CANDIDATES = 16
 #: Rounding of one float16 value relative to it, twice: the probe is rounded too.
@@ -48,6 +58,77 @@ def parse_device(device: str) -> list[int]:
 
     remedy = "Install a build of Faiss with GPU support (faiss-gpu)"
     return gpu_numbers(device, available, library="Faiss", remedy=remedy)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    gallery_id: str
+    kind: IndexKind
+    record: IndexRecord | None  #: None for the exact kinds, which take the vectors themselves
+    tracked: TrackedIndex
+    until: int  #: entries with this number or a higher one are not in it
+
+
+class DeviceCopy:
+    """What all states of one opened gallery have on the GPUs; thread-safe.
+
+    Args:
+        devices: GPUs.
+    """
+
+    def __init__(self, devices: Sequence[int]) -> None:
+        self._devices = list(devices)
+        self._filled: _Filled | None = None
+        self._lock = threading.Lock()
+
+    def of(
+        self, manifest: Manifest, index: TrackedIndex | None, rows: Rows, numbers: NDArray[np.int64]
+    ) -> tuple[TrackedIndex, int]:
+        """The index to search for a state of the gallery, and the first entry number that is not in it.
+
+        The devices are filled where they are empty, and again after a compaction of an `ivf` gallery or when the exact
+        kinds have seen more changes than a search makes up for.
+
+        Args:
+            manifest: of the state.
+            index: its index, for the kinds that have one.
+            rows: its vectors.
+            numbers: (N,) of its entries.
+
+        Raises:
+            ConfigError: a kind that stays on the CPU, or one that does not fit.
+        """
+        with self._lock:
+            if self._filled is None or not _serves(self._filled, manifest, numbers):
+                self._filled = None  # its memory first: both may not fit
+                self._filled = self._fill(manifest, index, rows, numbers)
+            return self._filled.tracked, self._filled.until
+
+    def _fill(self, manifest: Manifest, index: TrackedIndex | None, rows: Rows, numbers: NDArray[np.int64]) -> _Filled:
+        kind = manifest.index
+        try:
+            tracked = on_devices(kind, index, rows, numbers, self._devices)
+        except RuntimeError as error:  # of Faiss, with its own stack trace in the text
+            reason = str(error).strip().splitlines()[-1]
+            raise ConfigError(
+                f"The gallery of {len(rows)} entries of kind {kind} could not be put on the GPUs {self._devices} "
+                f"({reason}). Change it to fp16 with `aroface gallery compact --index`, name more GPUs, or choose cpu."
+            ) from error
+        record = manifest.index_record
+        if kind in _EXACT_KINDS or record is None:
+            return _Filled(manifest.gallery_id, kind, None, tracked, manifest.next_number)
+        return _Filled(manifest.gallery_id, kind, record, tracked, record.until)
+
+
+def _serves(filled: _Filled, manifest: Manifest, numbers: NDArray[np.int64]) -> bool:
+    """Whether what is on the devices is good enough for this state of the gallery."""
+    if (filled.gallery_id, filled.kind) != (manifest.gallery_id, manifest.index):
+        return False
+    if filled.record is not None:
+        return filled.record == manifest.index_record
+    kept = int(np.searchsorted(numbers, filled.until))
+    added, removed = len(numbers) - kept, len(filled.tracked.numbers) - kept
+    return 0 <= removed <= _MOST_REMOVED and added <= max(_MOST_ADDED, _ADDED_SHARE * len(numbers))
 
 
 def on_devices(
@@ -73,7 +154,7 @@ def on_devices(
     import faiss
 
     resources = [faiss.StandardGpuResources() for _ in devices]
-    if kind in ("flat", "fp16"):
+    if kind in _EXACT_KINDS:
         half = kind == "fp16"
         pairs = zip(resources, devices, strict=True)
         makers = [_flat_maker(resource, device, rows.dimension, half) for resource, device in pairs]

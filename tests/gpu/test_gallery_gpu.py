@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval.gallery import Gallery, IndexWish
+from retrieval.gallery import Gallery, IndexWish, on_gpu
 from retrieval.gallery.on_gpu import MAX_LIST
 
 faiss: Any = pytest.importorskip("faiss")
@@ -57,3 +57,27 @@ def test_clusters_find_what_they_find_on_the_cpu(tmp_path: Path, kind: Any, devi
     recall = np.mean([near[0].score >= best[0].score for near, best in zip(found, exact, strict=True)])
     assert on_cpu.info.recall is not None
     assert recall >= on_cpu.info.recall.at_1 - 0.03
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["flat", "fp16", "ivf-fp16"])
+def test_changes_are_seen_and_leave_the_copy_on_the_gpus_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, device: str
+) -> None:
+    Gallery.build(tmp_path / "g", ENROLLED, np.arange(5000) % 500, index=IndexWish(kind, sample=100))
+    gallery = Gallery.open(tmp_path / "g", device=device)
+    gallery.make_ready()
+    with monkeypatch.context() as patch:
+        patch.setattr(on_gpu, "on_devices", None)  # filling again would fail
+        for number, probe in enumerate(PROBES[:20]):
+            gallery = gallery.add(probe[None], ["new"], [f"n{number}"])
+            assert gallery.search(probe, top=1)[0][0].entry_id == f"n{number}"
+        gallery = gallery.remove(entry_ids=["7", "n3"])
+        found = {c.entry_id for near in gallery.search(np.stack([ENROLLED[7], PROBES[3]]), top=50) for c in near}
+        assert not found & {"7", "n3"}
+        if kind != "ivf-fp16":
+            assert gallery.search(PROBES, top=10) == Gallery.open(tmp_path / "g").search(PROBES, top=10)
+    monkeypatch.setattr(on_gpu, "_MOST_ADDED", 0)
+    monkeypatch.setattr(on_gpu, "_ADDED_SHARE", 0.0)
+    gallery = gallery.add(PROBES[:1], ["last"], ["last"])
+    assert "last" in {c.entry_id for c in gallery.search(PROBES[0], top=3)[0]}

@@ -189,6 +189,12 @@ def test_an_address_for_others_needs_a_key_and_a_port_in_use_is_named(enrolled, 
     assert f"--port {port} cannot be listened on" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_is_refused(enrolled, capsys):
+    command = ["serve", "--model", str(enrolled / "model.onnx"), "--gallery", str(enrolled / "gallery")]
+    assert main([*command, "--device", "cuda:99"]) == 2
+    assert "device cuda:99: Faiss sees" in capsys.readouterr().err
+
+
 @pytest.fixture
 def browser(tmp_path):
     """Headless Chromium with a camera that shows a test picture."""

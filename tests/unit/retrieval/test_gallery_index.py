@@ -2,19 +2,19 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from aroface.errors import ConfigError, DataError
-from retrieval.gallery import INDEX_KINDS, Gallery, IndexWish
+from retrieval.gallery import INDEX_KINDS, Gallery, IndexWish, on_gpu
 from retrieval.gallery.index import factory_of, num_clusters
 from retrieval.gallery.on_gpu import on_devices, parse_device, sharded_flat
 from retrieval.gallery.search import Request, search_source
 from retrieval.gallery.sources import IndexedSource
 from retrieval.gallery.vectors import as_unit
+from tests.helpers.faiss_devices import stand_in_devices
 
 Array = np.ndarray[Any, Any]
 DIM, PEOPLE = 32, 400
@@ -192,34 +192,6 @@ def test_sizes_of_clusters_and_codes() -> None:
     assert factory_of("hnsw-sq8", 10, 64) == "HNSW32_SQ8"
 
 
-def _stand_in_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> set[int]:
-    """Indexes of the CPU under the names that Faiss has for GPUs; returns the numbers of those that are used."""
-    import faiss
-
-    used: set[int] = set()
-
-    def flat(resources: Any, dimension: int, config: SimpleNamespace) -> Any:
-        used.add(config.device)
-        return faiss.index_factory(dimension, "SQfp16" if config.useFloat16 else "Flat", faiss.METRIC_INNER_PRODUCT)
-
-    def moved(resources: list[Any], index: Any, options: SimpleNamespace, devices: list[int]) -> Any:
-        assert len(resources) == len(devices)
-        assert options.shard
-        used.update(devices)
-        return faiss.clone_index(index)
-
-    for name, value in {
-        "get_num_gpus": lambda: count,
-        "StandardGpuResources": object,
-        "GpuIndexFlatConfig": SimpleNamespace,
-        "GpuIndexFlatIP": flat,
-        "GpuMultipleClonerOptions": SimpleNamespace,
-        "index_cpu_to_gpu_multiple_py": moved,
-    }.items():
-        monkeypatch.setattr(faiss, name, value, raising=False)
-    return used
-
-
 class TestShards:
     """Sharded exact search, with indexes of the CPU in the place of those of the GPUs."""
 
@@ -269,7 +241,7 @@ class TestShards:
     def test_a_gallery_on_devices_finds_what_it_finds_on_the_cpu(
         self, built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
     ) -> None:
-        used = _stand_in_devices(monkeypatch, 3)
+        used = stand_in_devices(monkeypatch, 3)
         shutil.copytree(built[kind], tmp_path / "g")
         on_cpu = Gallery.open(tmp_path / "g")
         gallery = Gallery.open(tmp_path / "g", device="cuda:0,2")
@@ -277,13 +249,65 @@ class TestShards:
             assert gallery.search(PROBES, top=7, level=level) == on_cpu.search(PROBES, top=7, level=level)
         assert used == {0, 2}
         used.clear()
-        for change in (lambda g: g.add(PROBES[:1], ["x"], ["new"]), lambda g: g.remove(subject_ids=["3", "5"])):
+        changes = (
+            lambda g: g.add(PROBES[:1], ["x"], ["new"]),
+            lambda g: g.remove(subject_ids=["3", "5"]),
+            lambda g: g.add(PROBES[:3], ["x", "y", "z"], ["new", "1", "later"], upsert=True),
+        )
+        for change in changes:  # what is on the devices stays there, and others are compared beside it
             gallery, on_cpu = change(gallery), Gallery.open(tmp_path / "g")
-            assert gallery.search(PROBES, top=7) == on_cpu.search(PROBES, top=7)
-            assert used == {0, 2}  # filled anew, on the same devices
-            used.clear()
+            for level in ("entry", "subject"):
+                assert gallery.search(PROBES, top=7, level=level) == on_cpu.search(PROBES, top=7, level=level)
+            assert gallery.search(PROBES[0], top=1)[0][0].entry_id == "new"
+            assert used == set()
         assert Gallery.open(tmp_path / "g", device="cuda").search(PROBES, top=7) == on_cpu.search(PROBES, top=7)
         assert used == {0, 1, 2}
+
+    @pytest.mark.parametrize("kind", ["flat", "fp16", "ivf"])
+    def test_devices_are_filled_again_when_enough_has_changed(
+        self, built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        monkeypatch.setattr(on_gpu, "_MOST_ADDED", 3)
+        monkeypatch.setattr(on_gpu, "_ADDED_SHARE", 0.0)
+        monkeypatch.setattr(on_gpu, "_MOST_REMOVED", 2)
+        used = stand_in_devices(monkeypatch, 1)
+        shutil.copytree(built[kind], tmp_path / "g")
+        gallery = Gallery.open(tmp_path / "g", device="cuda")
+        gallery.make_ready()
+        assert used == {0}
+        is_exact = kind != "ivf"  # its index on the disk stays as it is, too
+
+        def fills(changed: Gallery) -> bool:
+            used.clear()
+            assert changed.search(PROBES, top=7) == Gallery.open(tmp_path / "g").search(PROBES, top=7)
+            return used == {0}
+
+        gallery = gallery.add(PROBES[:3], ["x", "y", "z"])
+        assert not fills(gallery)
+        gallery = gallery.add(PROBES[3:4], ["w"])
+        assert fills(gallery) == is_exact
+        gallery = gallery.remove(entry_ids=["0", "1"])
+        assert not fills(gallery)
+        gallery = gallery.remove(entry_ids=["2"])
+        assert fills(gallery) == is_exact
+        gallery = gallery.compact()
+        assert fills(gallery) != is_exact  # the exact kinds need the vectors alone, wherever they lie
+        Gallery.build(tmp_path / "g", PROBES, np.arange(len(PROBES)), index="flat", replace=True)
+        assert fills(gallery.latest())
+
+    def test_a_gallery_that_does_not_fit_on_the_devices_says_so(
+        self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import faiss
+
+        def full(*args: Any) -> Any:
+            raise RuntimeError("Error in allocMemory\nat some/file.cpp:500: cudaMalloc error out of memory [2]")
+
+        stand_in_devices(monkeypatch, 1)
+        monkeypatch.setattr(faiss, "GpuIndexFlatIP", full)
+        gallery = Gallery.open(built["flat"], device="cuda")
+        with pytest.raises(ConfigError, match=r"out of memory \[2\]\)\. Change it to fp16"):
+            gallery.make_ready()
 
     def test_devices_are_named_and_checked(self, built: dict[str, Path]) -> None:
         assert parse_device("cpu") == []

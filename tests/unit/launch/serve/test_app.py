@@ -1,22 +1,15 @@
 """The HTTP interface on a small gallery, through the whole application."""
 
 import gc
-import itertools
 import json
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import islice
 
-import cv2
 import numpy as np
 import pytest
-import schemathesis
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
-from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from aroface.contract import ARCFACE_TEMPLATE_112
 from aroface.errors import ConfigError, DataError
@@ -31,45 +24,7 @@ from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import Gallery
 from retrieval.gallery import gallery as gallery_module
 from retrieval.gallery.store import write_lock
-
-KEY = "0123456789abcdef"
-HEADERS = {"Authorization": f"Bearer {KEY}"}
-
-
-def face(seed):
-    """A smooth random picture: neighbouring pixels belong together, as in a face."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (14, 14, 3)).astype(np.uint8)
-    return cv2.resize(coarse, (112, 112), interpolation=cv2.INTER_CUBIC)
-
-
-def png(pixels):
-    return cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes()
-
-
-def image(seed):
-    return ("face.png", png(face(seed)), "image/png")
-
-
-@pytest.fixture
-def gallery(tmp_path):
-    embedder = PixelEmbedder()
-    enrolled = embedder.embed(np.stack([face(seed) for seed in range(4)]))
-    return Gallery.build(
-        tmp_path / "gallery",
-        enrolled,
-        np.array(["ann", "bob", "cid", "dan"]),
-        np.array(["ann/1", "bob/1", "cid/1", "dan/1"]),
-        model_id=embedder.model_id,
-        contract=embedder.contract,
-    )
-
-
-@pytest.fixture
-def client(gallery):
-    service = FaceService(PixelEmbedder(), gallery, ServiceStats())
-    app = create_app(service, GuardSettings(KEY, max_body_bytes=1 << 20))
-    with TestClient(app, headers=HEADERS) as client:
-        yield client
+from tests.helpers.services import HEADERS, KEY, face, image, png
 
 
 def test_search_finds_the_enrolled_face_first(client):
@@ -234,15 +189,6 @@ def test_a_level_without_a_calibration_says_that_there_is_none(gallery):
             assert (f"not calibrated at level {level}" in found["matches"][0]["meaning"]) != is_calibrated
 
 
-def test_every_answer_of_the_guard_and_of_another_writer_is_described(client):
-    paths = client.get("/openapi.json").json()["paths"]
-    for methods in paths.values():
-        for operation in methods.values():
-            assert {"400", "403", "408", "413", "503"} <= operation["responses"].keys()
-    assert "409" in paths["/v1/entries"]["delete"]["responses"]
-    assert "409" in paths["/v1/subjects"]["delete"]["responses"]
-
-
 def test_many_requests_at_once_give_the_answers_of_single_ones(client):
     """Each search is batched with others; every one must get its own answer."""
 
@@ -383,48 +329,3 @@ def test_a_gallery_in_milvus_is_refused_with_what_to_do():
     with pytest.raises(ConfigError, match="gallery build"):
         _directory("http://localhost:19530")
     assert str(_directory("some/folder")) == "some/folder"
-
-
-def test_the_description_is_openapi(client):
-    schema = client.get("/openapi.json").json()
-    assert set(schema["paths"]) == {
-        *("/health", "/metrics", "/v1/gallery", "/v1/status"),
-        *("/v1/search", "/v1/compare", "/v1/entries", "/v1/subjects"),
-    }
-    assert json.dumps(schema).count("access key") >= 1
-
-
-@pytest.mark.slow
-def test_generated_requests_are_answered_as_described(client):
-    """schemathesis draws requests, valid and not: no crash, and no answer that the description lacks."""
-    schema = schemathesis.openapi.from_asgi("/openapi.json", client.app, headers=HEADERS)
-    tried, statuses = Counter(), Counter()
-    for result in schema.get_all_operations():
-        operation = result.ok()
-        takes_input = bool(operation.body) or any(True for _ in operation.iter_parameters())
-        for mode in GenerationMode if takes_input else [GenerationMode.POSITIVE]:
-            statuses += generated_requests(operation, mode)
-        tried[operation.label] += 1
-    assert len(tried) == 9
-    assert {200, 415, 422} <= statuses.keys()
-    assert max(statuses) < 500
-
-
-def generated_requests(operation, mode):
-    """Statuses of 20 drawn requests; every second valid search gets a real image."""
-    statuses = Counter()
-    turns = itertools.cycle([True, False])
-
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def check(case):
-        is_search = operation.label == "POST /v1/search" and isinstance(case.body, dict)
-        excluded = [positive_data_acceptance]  # a schema cannot tell which bytes are an image
-        if is_search and mode is GenerationMode.POSITIVE and next(turns):
-            case.body = {**case.body, "image": png(face(1))}
-            excluded.append(negative_data_rejection)  # the case no longer is what was drawn
-        response = case.call_and_validate(headers=HEADERS, excluded_checks=excluded)
-        statuses[response.status_code] += 1
-
-    check()
-    return statuses

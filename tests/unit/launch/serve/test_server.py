@@ -1,8 +1,11 @@
 """Connections that stay open, and clients that never finish a request head."""
 
+import json
 import socket
 import threading
 import time
+from contextlib import ExitStack
+from http.client import HTTPResponse
 
 import pytest
 from fastapi import FastAPI
@@ -60,3 +63,33 @@ def test_a_head_that_does_not_end_closes_the_connection(port, first):
 def test_a_connection_without_a_word_is_closed(port):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         assert answer(connection) == b""
+
+
+def test_a_garbled_head_is_answered_in_the_form_of_all_problems(port):
+    for garbage in (b"\x00\xff\r\n\r\n", HEAD + b"Content-Length: two\r\n\r\n", HEAD + b"X" * 100_000):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(garbage)
+            status, headers, body = whole_answer(connection)
+        assert status == 400
+        assert headers["content-type"] == "application/json"
+        assert "error" in json.loads(body)
+
+
+def test_more_connections_than_are_taken_are_told_so(port, monkeypatch):
+    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 2)
+    with ExitStack() as stack:
+        first, _, third = (stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(3))
+        third.sendall(HEAD + b"\r\n")
+        status, headers, body = whole_answer(third)
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        assert "2 connections are open" in json.loads(body)["error"]
+        first.sendall(HEAD + b"\r\n")
+        assert answer(first).startswith(b"HTTP/1.1 200")
+
+
+def whole_answer(connection):
+    """Status, headers, body of an answer after which the connection is closed."""
+    connection.settimeout(20)
+    response = HTTPResponse(connection)
+    response.begin()
+    return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
