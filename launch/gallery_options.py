@@ -22,12 +22,12 @@ def add_gallery(parser: argparse.ArgumentParser) -> None:
         help="GALLERY is a file of Milvus Lite (faces.db) or the address of a Milvus server (http://host:19530); the "
         "environment variable AROFACE_MILVUS_TOKEN holds its key",
     )
-    parser.add_argument("--collection", default="faces", metavar="NAME", help="of Milvus (%(default)s)")
+    parser.add_argument("--collection", default="faces", metavar="NAME", help="collection in Milvus")
     parser.add_argument(
         "--consistency",
         choices=_CONSISTENCY,
         default="Strong",
-        help="when searches on Milvus see changes (%(default)s)",
+        help="when searches on Milvus see changes",
     )
 
 

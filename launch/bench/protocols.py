@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of every size, for a quick look (1.0)")
-    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="factor on every size, for a quick look")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="resamples of the bootstrap")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
