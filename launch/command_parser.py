@@ -5,11 +5,12 @@ import re
 import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 __all__ = ["CommandParser"]
 
-
 _ROW = re.compile(r"\s+\S+\s{2,}")  # a row of a table: a name and, two spaces on, what it is
+_WRONG_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)$")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -75,6 +76,13 @@ class CommandParser(argparse.ArgumentParser):
         if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in positionals):
             return self.parse_known_args(arguments, namespace)  # what follows is for another parser
         return self.parse_known_intermixed_args(arguments, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message and end with exit code 2; for a wrong choice the nearest right one is added."""
+        if choice := _WRONG_CHOICE.search(message):
+            near = get_close_matches(choice[1], re.findall(r"[\w.:-]+", choice[2]), n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
 
     def unknown_message(self, unknown: Sequence[str]) -> str:
         """Name the arguments that nobody knows, and for a misspelt option the nearest one."""

@@ -111,6 +111,10 @@ def test_settings_stand_before_between_or_behind_the_options(arguments, monkeypa
         (["embed", "m", "i", "--out", "o", "--presicion", "bf16"], "did you mean --precision?"),
         (["evaluate", "compare", "a", "b", "--out", "o", "--resample-count", "3"], "unrecognized arguments"),
         (["bench", "head", "--clases", "3"], "did you mean --classes?"),
+        (["evaluate", "lwf"], "did you mean lfw?"),
+        (["gallery", "serch", "g"], "did you mean search?"),
+        (["export", "r", "--out", "o", "--precision", "fp61"], "did you mean fp16?"),
+        (["export", "r", "--out", "o", "--precision", "double"], "(choose from"),
     ],
 )
 def test_a_misspelt_option_names_the_nearest(arguments, wanted, capsys):
