@@ -36,8 +36,11 @@ def run_chosen(args: argparse.Namespace, table: Table, *, command: str) -> int:
     parser = _parser_of(args.entry, table, command)
     chosen, unknown = parser.parse_known(args.rest, argparse.Namespace(entry=args.entry))
     if unknown:
-        hints = (_belongs_to(word.partition("=")[0], table, command) for word in unknown if word.startswith("--"))
-        parser.error("".join([parser.unknown_message(unknown), *hints]))
+        options = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+        owners = "".join(_belongs_to(option, table, command) for option in options)
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{owners}" if owners else parser.unknown_message(unknown)
+        )
     return run(chosen)
 
 
