@@ -38,9 +38,8 @@ def run_chosen(args: argparse.Namespace, table: Table, *, command: str) -> int:
     if unknown:
         options = (word.partition("=")[0] for word in unknown if word.startswith("--"))
         owners = "".join(_belongs_to(option, table, command) for option in options)
-        parser.error(
-            f"unrecognized arguments: {' '.join(unknown)}{owners}" if owners else parser.unknown_message(unknown)
-        )
+        known = f"unrecognized arguments: {' '.join(unknown)}{owners}"
+        parser.error(known if owners else parser.unknown_message(unknown))
     return run(chosen)
 
 
