@@ -7,10 +7,12 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from aroface import __version__
+from launch.command_parser import CommandParser
 
 __all__ = ["COMMANDS", "main"]
 
@@ -41,6 +43,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 _USER_ERROR = 2
+#: What to do where memory runs out.
+_SMALLER_BATCH = "Lower --batch where the command has it, or use a device with more memory."
+_SMALLER = {
+    "train": "Lower batch.micro_batch (batch.global_batch stays, more steps are accumulated), or set "
+    "model.checkpoint_activations=true; `aroface plan CONFIG --gpus N` tells what fits."
+}
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -85,18 +93,21 @@ def _run_command(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(module_name)
     add_arguments: Callable[[argparse.ArgumentParser], None] = module.add_arguments
     run: Callable[[argparse.Namespace], int] = module.run
-    parser = argparse.ArgumentParser(
-        prog=f"aroface {name}",
-        description=module.__doc__ or help_line,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog=f"aroface {name}", description=module.__doc__ or help_line)
     add_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = parser.parse(arguments)
     _configure_logging()
     try:
         return run(args)
     except ArofaceError as error:
         print(f"aroface {name}: {error}", file=sys.stderr)
+        return _USER_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        size = f" ({wanted[1]} more were wanted)" if wanted else ""
+        print(f"aroface {name}: out of memory{size}. {_SMALLER.get(name, _SMALLER_BATCH)}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
         print(f"aroface {name}: interrupted.", file=sys.stderr)
@@ -104,6 +115,12 @@ def _run_command(name: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _configure_logging() -> None:

@@ -22,17 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture")
     parser.add_argument(
-        "--ways", default=_WAYS, metavar="A,B|all", help="rows of the picture; an unknown name lists them (%(default)s)"
+        "--ways", default=_WAYS, metavar="A,B|all", help="rows of the picture; an unknown name lists them"
     )
     parser.add_argument("--shards", type=Path, metavar="DIR", help="training shards (default: those of the run)")
-    parser.add_argument("--images", type=int, default=8, metavar="N", help="images in the picture (%(default)s)")
+    parser.add_argument("--images", type=int, default=8, metavar="N", help="images in the picture")
     parser.add_argument(
-        "--sample", type=int, default=256, metavar="N", help="images that the mean losses are taken over (%(default)s)"
+        "--sample", type=int, default=256, metavar="N", help="images that the mean losses are taken over"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and the start (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the images and the start")
     parser.add_argument("--strength", type=Path, metavar="FILE.json", help="measure every way and write the figures")
-    parser.add_argument("--batches", type=int, default=4, metavar="N", help="of --strength (%(default)s)")
-    parser.add_argument("--batch", type=int, default=128, metavar="B", help="images of such a batch (%(default)s)")
+    parser.add_argument("--batches", type=int, default=4, metavar="N", help="batches that --strength measures")
+    parser.add_argument("--batch", type=int, default=128, metavar="B", help="images of each of these batches")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from launch.bench.against import compare
+from launch.command_parser import CommandParser
 from launch.evaluate_options import positive
 from launch.subcommands import declare
 
@@ -47,15 +48,11 @@ def run(args: argparse.Namespace) -> int:
     """Run one benchmark, once or in turns with another checkout."""
     module = importlib.import_module(BENCHMARKS[args.entry][0])
     common = _common()
-    parser = argparse.ArgumentParser(
-        prog=f"aroface bench {args.entry}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[common],
-        allow_abbrev=False,
+    parser = CommandParser(
+        prog=f"aroface bench {args.entry}", description=module.__doc__, parents=[common], allow_abbrev=False
     )
     module.add_arguments(parser)
-    chosen = parser.parse_args(args.rest, argparse.Namespace(entry=args.entry))
+    chosen = parser.parse(args.rest, argparse.Namespace(entry=args.entry))
     options = _without_out(common.parse_known_args(args.rest)[1])
     wants_json, against, pairs = chosen.json, chosen.against, chosen.pairs
     for name in vars(common.parse_args([])):
@@ -86,7 +83,7 @@ def _common() -> argparse.ArgumentParser:
     group = parser.add_argument_group("options of every benchmark")
     group.add_argument("--json", action="store_true", help="print the record as JSON, everything else to stderr")
     group.add_argument("--against", type=Path, metavar="DIR", help="run in turns with another checkout of aroface")
-    group.add_argument("--pairs", type=positive, default=_PAIRS, metavar="N", help="runs of each (%(default)s)")
+    group.add_argument("--pairs", type=positive, default=_PAIRS, metavar="N", help="runs of each")
     return parser
 
 

@@ -71,9 +71,8 @@ def _info(path: Path, *, as_json: bool) -> None:
         return
     table = Table(title=str(path), title_justify="left")
     for name in ("checkpoint", "images seen", "ranks", "ZeRO", "classes", "MiB", "state", "written by"):
-        table.add_column(
-            name, justify="right" if name in ("images seen", "ranks", "ZeRO", "classes", "MiB") else "left"
-        )
+        is_number = name in ("images seen", "ranks", "ZeRO", "classes", "MiB")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name == "checkpoint")
     for row in rows:
         size = f"{row['bytes'] / _MIB:,.1f}"
         numbers = (row.get(key) for key in ("samples_seen", "world_size", "zero_stage", "num_classes"))

@@ -50,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--take",
         choices=("all", "first", "rest"),
         default="all",
-        help="all images, the first of each identity by name (a gallery), or the others (%(default)s)",
+        help="all images, the first of each identity by name (a gallery), or the others",
     )
     parser.add_argument(
         "--flip",
         choices=("none", "sum"),
         default="none",
-        help="sum: add the embedding of the mirror image (%(default)s)",
+        help="sum: add the embedding of the mirror image",
     )
     aligned = parser.add_mutually_exclusive_group()
     aligned.add_argument(
@@ -65,11 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     aligned.add_argument(
         "--align", action="store_true", help="align by the points in the list that IMAGES is; not for shards"
     )
-    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
-    parser.add_argument(
-        "--decode-threads", type=positive, default=2, metavar="N", help="threads that decode (%(default)s)"
-    )
+    parser.add_argument("--decode-threads", type=positive, default=2, metavar="N", help="threads that decode")
     add_runtime_options(parser)
     parts = parser.add_argument_group("for a folder of parts")
     parts.add_argument(
@@ -77,14 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=_IMAGES_PER_PART,
         metavar="N",
-        help="at most; a part never spans two shards (%(default)s)",
+        help="at most; a part never spans two shards",
     )
     parts.add_argument(
         "--processes",
         type=positive,
         default=1,
         metavar="N",
-        help="on this machine, each on a GPU of its own where there are several (%(default)s)",
+        help="on this machine, each on a GPU of its own where there are several",
     )
 
 

@@ -36,22 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="run directory, one of its step-NNNNNNNN, or (for --to tensorrt) an .onnx file",
     )
-    parser.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx", help="target format (%(default)s)")
+    parser.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx", help="target format")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as model.onnx")
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16", "int8"),
-        help="arithmetic of the exported model (fp32, or that of the .onnx file)",
+        help="arithmetic of the exported model (default: fp32, or that of the .onnx file)",
     )
     parser.add_argument(
         "--input",
         dest="input_layout",
         choices=("uint8_nhwc", "float_nchw"),
         default="uint8_nhwc",
-        help="uint8 RGB pixels, or floats that the caller has preprocessed (%(default)s)",
+        help="uint8 RGB pixels, or floats that the caller has preprocessed",
     )
     parser.add_argument("--flip-fusion", action="store_true", help="embedding = e(image) + e(mirrored image)")
-    parser.add_argument("--opset", type=positive, metavar="N", help=f"of the ONNX graph, {_OPSETS} (25)")
+    parser.add_argument("--opset", type=positive, metavar="N", help=f"ONNX opset, {_OPSETS} (default: 25)")
     parser.add_argument(
         "--faces",
         type=Path,
@@ -65,31 +65,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_int8(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("int8")
-    group.add_argument("--calibration", type=Path, metavar="PATH", help="faces to take the ranges from (--faces)")
     group.add_argument(
-        "--calibration-faces", type=positive, default=256, metavar="N", help="how many of them (%(default)s)"
+        "--calibration", type=Path, metavar="PATH", help="faces to take the ranges from (default: --faces)"
     )
+    group.add_argument("--calibration-faces", type=positive, default=256, metavar="N", help="how many of them")
     group.add_argument(
         "--int8-for",
         choices=("cpu", "tensorrt"),
-        help="where the scales stand: for ONNX Runtime and OpenVINO, or for TensorRT (by --to)",
+        help="where the scales stand: for ONNX Runtime and OpenVINO, or for TensorRT (default: as --to says)",
     )
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("accuracy gate", "for every precision; int8 needs it")
     group.add_argument("--accuracy-set", type=Path, metavar="PATH", help="faces, several images per identity")
-    group.add_argument("--far", type=float, default=1e-3, metavar="P", help="of the TAR that is compared (%(default)g)")
-    group.add_argument(
-        "--fpir", type=float, default=1e-2, metavar="P", help="of the TPIR that is compared (%(default)g)"
-    )
+    group.add_argument("--far", type=float, default=1e-3, metavar="P", help="FAR at which TAR is compared")
+    group.add_argument("--fpir", type=float, default=1e-2, metavar="P", help="FPIR at which TPIR is compared")
     for option, name in (("--max-rank1-drop", "Rank-1"), ("--max-tar-drop", "TAR"), ("--max-tpir-drop", "TPIR")):
         group.add_argument(
             option,
             type=float,
             default=0.01,
             metavar="D",
-            help=f"how far {name} may fall; 0.01 is a percentage point, 1 any fall (%(default)g)",
+            help=f"how far {name} may fall; 0.01 is a percentage point, 1 any fall",
         )
 
 
@@ -99,11 +97,13 @@ def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
         "--batch-profile",
         action="append",
         metavar="MIN,OPT,MAX",
-        help="batch sizes to build for; several may be given (1,1,8 and 1,64,64)",
+        help="batch sizes to build for; several may be given (default: 1,1,8 and 1,64,64)",
     )
     group.add_argument("--workspace-gib", type=float, metavar="G", help="scratch memory at the most")
     group.add_argument("--timing-cache", type=Path, metavar="FILE", help="makes a second build faster")
-    group.add_argument("--optimisation-level", type=int, metavar="0..5", help="time spent looking for fast kernels (3)")
+    group.add_argument(
+        "--optimisation-level", type=int, metavar="0..5", help="time spent looking for fast kernels (default: 3)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

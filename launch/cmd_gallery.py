@@ -48,10 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_index(compact, None)
     calibrate = _action(actions, "calibrate", "find thresholds for false-positive identification rates")
     calibrate.add_argument("--probes", type=Path, required=True, metavar="P.npz", help="strangers, and maybe mates")
-    calibrate.add_argument(
-        "--fpir", type=rates, default=rates("0.001,0.01,0.1"), metavar="F,...", help="wanted rates (0.001,0.01,0.1)"
-    )
-    calibrate.add_argument("--level", choices=_LEVELS, default="entry", help="what a candidate is (%(default)s)")
+    calibrate.add_argument("--fpir", type=rates, default=rates("0.001,0.01,0.1"), metavar="F,...", help="wanted rates")
+    calibrate.add_argument("--level", choices=_LEVELS, default="entry", help="what a candidate is")
     _add_search(_action(actions, "search", "candidate lists of probes"))
     info = _action(actions, "info", "what a gallery holds")
     info.add_argument("--entries", action="store_true", help="list every entry, its subject and its norm")
@@ -67,20 +65,22 @@ def _add_index(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--index", choices=_KINDS, default=default, help=f"how to search ({default or 'as before'}); flat is exact"
     )
-    parser.add_argument("--recall", type=rate, default=0.98, metavar="R", help="recall@1 to reach (%(default)s)")
+    parser.add_argument("--recall", type=rate, default=0.98, metavar="R", help="recall@1 to reach")
     parser.add_argument("--recall-probes", type=Path, metavar="P.npz", help="measure it with these, not drawn probes")
-    parser.add_argument("--recall-sample", type=positive, default=4000, metavar="N", help="of them (%(default)s)")
+    parser.add_argument(
+        "--recall-sample", type=positive, default=4000, metavar="N", help="probes that recall is measured with"
+    )
 
 
 def _add_search(search: argparse.ArgumentParser) -> None:
     search.add_argument("--probes", type=Path, required=True, metavar="P.npz", help="whom to look for")
-    search.add_argument("--top", type=positive, default=5, metavar="K", help="length of the lists (%(default)s)")
+    search.add_argument("--top", type=positive, default=5, metavar="K", help="length of the lists")
     search.add_argument("--all", action="store_true", help="every candidate above the threshold, in place of --top")
     search.add_argument(
         "--level",
         choices=_LEVELS,
         default="entry",
-        help="list entries, subjects by their best entry, or subjects by their pooled template (%(default)s)",
+        help="list entries, subjects by their best entry, or subjects by their pooled template",
     )
     limit = search.add_mutually_exclusive_group()
     limit.add_argument("--threshold", type=float, metavar="T", help="only candidates that score higher")

@@ -1,7 +1,9 @@
 """Bring weights of other projects in, or take yours out.
 
-    aroface import model.pt --out runs/theirs                     a checkpoint of ours from a file of theirs
-    aroface import runs/mine --to arcface_torch --out model.pt    a file of arcface_torch from a checkpoint of ours
+    a checkpoint of ours from a file of theirs:
+        aroface import model.pt --out runs/theirs
+    a file of arcface_torch from a checkpoint of ours:
+        aroface import runs/mine --to arcface_torch --out model.pt
 
 Read are the files of InsightFace arcface_torch and the ARoFace release (model.pt, backbone.pt, checkpoint_gpu_0.pt),
 AdaFace (Lightning .ckpt) and CVLface (model.pt, model.safetensors): IResNet, IR, MobileFaceNet and vision transformers.

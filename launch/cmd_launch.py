@@ -1,11 +1,16 @@
 """Train over one or several nodes: check every node, then start one `aroface train` per GPU on all of them.
 
-  once, from any machine, through ssh:   aroface launch CONFIG --run DIR --hostfile F
-  on every node, without ssh:            aroface launch CONFIG --run DIR --hostfile F --launcher no-ssh --node-rank I
-  on every node, with torchrun:          aroface launch CONFIG --run DIR --nodes N --gpus-per-node G --launcher torchrun
-                                           --node-rank I --master-addr HOST
-  in a Slurm allocation:                 aroface launch CONFIG --run DIR
-  on this machine alone:                 aroface launch CONFIG --run DIR --gpus-per-node G
+  once, from any machine, through ssh
+      aroface launch CONFIG --run DIR --hostfile F
+  on every node, without ssh
+      aroface launch CONFIG --run DIR --hostfile F --launcher no-ssh --node-rank I
+  on every node, with torchrun
+      aroface launch CONFIG --run DIR --launcher torchrun --nodes N
+        --gpus-per-node G --node-rank I --master-addr HOST
+  in a Slurm allocation
+      aroface launch CONFIG --run DIR
+  on this machine alone
+      aroface launch CONFIG --run DIR --gpus-per-node G
 
 --dry-run prints the exact commands. The same command continues a run that was stopped or lost a node.
 """
@@ -38,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     nodes.add_argument("--node-rank", type=int, metavar="I", help="which node this is: no-ssh and torchrun")
     nodes.add_argument("--master-addr", metavar="HOST", help="address of the first node (default: its name)")
-    nodes.add_argument("--master-port", type=int, default=29500, metavar="P", help="free port on it (default 29500)")
+    nodes.add_argument("--master-port", type=int, default=29500, metavar="P", help="free port on it")
     nodes.add_argument("--ssh-port", type=int, metavar="P", help="port of sshd on the nodes")
     nodes.add_argument("--ssh-config", type=Path, metavar="F", help="configuration file of ssh")
     nodes.add_argument(

@@ -29,22 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="new directory for the shards")
     parser.epilog = "formats:\n" + "\n".join(f"  {name:<10}  {look}" for name, look in FORMATS.items())
     parser.add_argument("--format", choices=FORMATS, metavar="NAME", help="see below (default: detected)")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="of relative paths in a list (default: its folder)")
-    parser.add_argument("--label-field", metavar="NAME", help="JSON field or Parquet column with the identity")
     parser.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)"
+        "--root", type=Path, metavar="DIR", help="folder that paths in a list are relative to (default: its own)"
     )
-    parser.add_argument("--samples-per-shard", type=int, default=8192, help="default: %(default)s")
+    parser.add_argument("--label-field", metavar="NAME", help="JSON field or Parquet column with the identity")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--samples-per-shard", type=int, default=8192, metavar="N", help="images in a shard")
     parser.add_argument("--licence", default="unknown", metavar="TEXT", help="licence note kept in the manifest")
-    parser.add_argument("--template", choices=["arcface_112"], default="arcface_112", help="how the faces are aligned")
+    parser.add_argument(
+        "--template",
+        choices=["arcface_112"],
+        default="arcface_112",
+        help="how the faces are aligned, kept in the manifest",
+    )
     parser.add_argument("--no-summary", action="store_true", help="do not write summary.html, which shows 60 images")
     chosen = parser.add_argument_group("which images")
-    chosen.add_argument(
-        "--min-images", type=int, default=1, help="leave out identities with fewer (default: %(default)s)"
-    )
-    chosen.add_argument(
-        "--max-bad", type=int, default=0, help="unreadable images to skip at most (default: %(default)s)"
-    )
+    chosen.add_argument("--min-images", type=int, default=1, help="leave out identities with fewer")
+    chosen.add_argument("--max-bad", type=int, default=0, help="unreadable images to skip at most")
     chosen.add_argument(
         "--identities", type=Path, metavar="FILE", help="keep only these: text file, one identity a line"
     )
@@ -55,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--duplicates",
         choices=["report", "drop"],
         default="report",
-        help="byte-for-byte equal images: list them, or keep one of each and none that two people share (%(default)s)",
+        help="byte-for-byte equal images: list them, or keep one of each and none that two people share",
     )
-    chosen.add_argument("--holdout", type=int, default=0, metavar="N", help="set N identities aside (default: 0)")
+    chosen.add_argument("--holdout", type=int, default=0, metavar="N", help="set N identities aside")
     chosen.add_argument("--holdout-out", type=Path, metavar="DIR", help="their shards (default: OUT-holdout)")
     changed = parser.add_argument_group("changing images")
     changed.add_argument("--align", action="store_true", help="crop by five landmarks to the template")
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         choices=["header", "decode"],
         default="header",
-        help="how images are looked at that stay as they are; `aroface verify` decodes all (%(default)s)",
+        help="how images that stay as they are get looked at; `aroface verify` decodes all",
     )
 
 

@@ -34,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     assumed = parser.add_argument_group("assumptions")
-    assumed.add_argument("--backbone-efficiency", type=float, metavar="X", help="of the peak that the backbone reaches")
     assumed.add_argument(
-        "--head-efficiency", type=float, metavar="X", help="of the peak that the head's products reach"
+        "--backbone-efficiency", type=float, metavar="X", help="share of the peak that the backbone reaches"
     )
-    assumed.add_argument("--link-efficiency", type=float, metavar="X", help="of the rate of links and network")
+    assumed.add_argument(
+        "--head-efficiency", type=float, metavar="X", help="share of the peak that the head's products reach"
+    )
+    assumed.add_argument("--link-efficiency", type=float, metavar="X", help="share of the rate of links and network")
     assumed.add_argument("--overlap", type=float, metavar="X", help="share of the gradient exchange that is hidden")
 
 

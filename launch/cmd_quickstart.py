@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("runs/quickstart"),
         metavar="DIR",
-        help="new folder for everything (%(default)s)",
+        help="new folder for everything",
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="training configuration (default: the quick start's own)"

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,..",
         help="what to call the system of each RESULT (default: the id of its model)",
     )
-    parser.add_argument("--title", default="Face recognition report", help="heading of the page (%(default)s)")
+    parser.add_argument("--title", default="Face recognition report", help="heading of the page")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,15 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gallery", required=True, metavar="G", help="directory of the gallery")
     add_device(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="file that holds the access key")
     parser.add_argument("--detector", type=Path, metavar="YUNET.onnx", help="OpenCV YuNet model, to align photographs")
-    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="faces embedded together (%(default)s)")
-    parser.add_argument("--queue", type=positive, default=256, metavar="N", help="requests that may wait (%(default)s)")
-    parser.add_argument(
-        "--max-upload-mib", type=positive, default=8, metavar="MIB", help="largest request (%(default)s)"
-    )
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="faces embedded together")
+    parser.add_argument("--queue", type=positive, default=256, metavar="N", help="requests that may wait")
+    parser.add_argument("--max-upload-mib", type=positive, default=8, metavar="MIB", help="largest request")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
     add_runtime_options(parser)
 

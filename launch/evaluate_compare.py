@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("first", type=Path, metavar="A.npz", help="details of system A")
     parser.add_argument("second", type=Path, metavar="B.npz", help="details of system B")
-    parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"of pairs ({_FARS})")
-    parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
+    parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"FARs of pairs (default: {_FARS})")
+    parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help="resamples of the bootstrap")
     parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
 
 

@@ -17,7 +17,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         metavar="D",
-        help=f"of the search: {DEVICE_NAMES}; several share the gallery, and the numbers are the same (cpu)",
+        help=f"of the search: {DEVICE_NAMES}; several share the gallery, and the numbers are the same (default: cpu)",
     )
 
 

@@ -24,32 +24,36 @@ _FPIR = one_rate("0.1")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help="run directory, checkpoint or .onnx")
-    parser.add_argument("--on", choices=SETS, default="faces", help="which set (%(default)s)")
+    parser.add_argument("--on", choices=SETS, default="faces", help="the set")
     parser.add_argument("--lists", type=Path, metavar="PATH", help="files of the protocol, for all sets but faces")
     parser.add_argument("--faces", type=Path, metavar="PATH", help="the images: folder, .zip or shards")
     parser.add_argument(
-        "--task", choices=sorted({task for tasks in TASKS.values() for task in tasks}), help="of ijbb, ijbc and ijbs"
+        "--task",
+        choices=sorted({task for tasks in TASKS.values() for task in tasks}),
+        help="what is evaluated on ijbb, ijbc or ijbs",
     )
-    parser.add_argument("--pooling", metavar="CODE", help="of template sets (default: that of the protocol)")
+    parser.add_argument("--pooling", metavar="CODE", help="how templates are fused (default: that of the protocol)")
     parser.add_argument(
-        "--max-missing-pairs", type=int, default=0, metavar="N", help="that may be left out (%(default)s)"
+        "--max-missing-pairs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="listed pairs whose images are missing that may be left out",
     )
     subset = parser.add_mutually_exclusive_group()
-    subset.add_argument("--subset", type=positive, default=500, metavar="N", help="probes at the most (%(default)s)")
+    subset.add_argument("--subset", type=positive, default=500, metavar="N", help="probes at the most")
     subset.add_argument("--all", action="store_true", help="every probe")
+    parser.add_argument("--trials", type=positive, default=3, metavar="T", help="draws of the random errors")
+    parser.add_argument("--sides", choices=("probe", "both"), default="probe", help="whose alignment is wrong")
     parser.add_argument(
-        "--trials", type=positive, default=3, metavar="T", help="draws of the random errors (%(default)s)"
+        "--far", type=one_rate, default=one_rate("1e-2"), metavar="RATE", help="rate of false matches (sets of pairs)"
     )
     parser.add_argument(
-        "--sides", choices=("probe", "both"), default="probe", help="whose alignment is wrong (%(default)s)"
+        "--fpir", type=one_rate, metavar="RATE", help="rate of false alarms (sets that are searched; default: 0.1)"
     )
-    parser.add_argument(
-        "--far", type=one_rate, default=one_rate("1e-2"), metavar="RATE", help="of false matches (1e-2)"
-    )
-    parser.add_argument("--fpir", type=one_rate, metavar="RATE", help="of false alarms, where sets are searched (0.1)")
     add_trained_on(parser)
-    parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
+    parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added")
+    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
     parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
 

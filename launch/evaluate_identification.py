@@ -5,6 +5,7 @@ search both: ranks are pooled, open-set rates are formed per gallery and average
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gallery", type=Path, required=True, metavar="G.npz", help="gallery templates")
     parser.add_argument("--gallery-2", type=Path, metavar="G2.npz", help="second gallery, searched on its own")
     parser.add_argument("--probes", type=Path, required=True, metavar="P.npz", help="probe templates")
-    parser.add_argument("--ranks", type=counts, default=[1, 5, 10, 20], metavar="K,..", help="ranks (1,5,10,20)")
-    parser.add_argument(
-        "--fpir", type=rates, default=rates("0.001,0.01,0.1"), metavar="RATE,..", help="FPIRs (0.001,0.01,0.1)"
-    )
-    parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="list length (%(default)s)")
+    parser.add_argument("--ranks", type=counts, default=[1, 5, 10, 20], metavar="K,..", help="ranks")
+    parser.add_argument("--fpir", type=rates, default=rates("0.001,0.01,0.1"), metavar="RATE,..", help="FPIRs")
+    parser.add_argument("--candidates", type=positive, default=20, metavar="L", help="list length")
     parser.add_argument(
         "--rank-level",
         choices=("entry", "identity"),
         default="entry",
-        help="rivals: every gallery entry, or every identity by its best entry (%(default)s)",
+        help="rivals: every gallery entry, or every identity by its best entry",
     )
     parser.add_argument("--alignment", metavar="ID", help="how the crops were aligned, kept in the result")
     add_device(parser)
@@ -66,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     )
     parts = identification_record(result, fpir_labels=args.fpir)
     parts["metrics"] |= frozen(args, searches=result.searches)
+    parts["warnings"] = [*parts.get("warnings", ()), *_enrolled_probes(galleries, probes)]
     finish(
         args,
         "identification",
@@ -79,6 +79,26 @@ def run(args: argparse.Namespace) -> int:
         similarity=args.similarity,
     )
     return 0
+
+
+def _enrolled_probes(galleries: "Sequence[EmbeddingSet]", probes: "EmbeddingSet") -> list[str]:
+    """A probe that is itself enrolled finds itself, and the rates say nothing."""
+    import numpy as np
+
+    found: list[str] = []
+    for gallery in galleries:
+        if gallery.keys is None or probes.keys is None:
+            continue
+        _, in_gallery, in_probes = np.intersect1d(gallery.keys, probes.keys, return_indices=True)
+        rows = probes.embeddings[in_probes]
+        same = in_probes[(gallery.embeddings[in_gallery] == rows).all(axis=1) & rows.any(axis=1)]
+        if same.size:
+            found.append(
+                f"{same.size} of {len(probes.keys)} probes are enrolled in {gallery.name} themselves (such as "
+                f"{probes.keys[same[0]].item()}) and find themselves: these rates are too good. Enrol one image of "
+                "each person and search the others: `aroface embed --take first` and `--take rest`."
+            )
+    return found
 
 
 def _refuse_twice(embeddings: "EmbeddingSet") -> None:

@@ -58,9 +58,7 @@ class _Found:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--task", choices=("1:1", "1:N", "covariates"), default="1:1", help="what is evaluated (%(default)s)"
-    )
+    parser.add_argument("--task", choices=("1:1", "1:N", "covariates"), default="1:1", help="what is evaluated")
     parser.add_argument("--meta", type=Path, required=True, metavar="DIR", help="folder of the protocol files")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="other pairs (default: the release's list)")
     parser.add_argument(
@@ -69,9 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--covariate", metavar="COLUMN", help="TAR and FMR by this column of the first side")
     add_source(parser, images="folder of the loose crops")
     add_pooling(parser, "N1D1")
-    parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"FARs of pairs: 1:1, covariates ({_FARS})")
-    parser.add_argument("--fpir", type=rates, metavar="RATE,..", help=f"FPIRs of searches: 1:N ({_FPIRS})")
-    parser.add_argument("--candidates", type=positive, metavar="L", help=f"1:N list length ({_CANDIDATES})")
+    parser.add_argument(
+        "--far", type=rates, metavar="RATE,..", help=f"FARs of pairs: 1:1, covariates (default: {_FARS})"
+    )
+    parser.add_argument("--fpir", type=rates, metavar="RATE,..", help=f"FPIRs of searches: 1:N (default: {_FPIRS})")
+    parser.add_argument("--candidates", type=positive, metavar="L", help=f"1:N list length (default: {_CANDIDATES})")
     add_device(parser)
     add_similarity(parser)
     add_rule(parser)

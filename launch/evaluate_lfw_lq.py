@@ -29,17 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="listed pairs whose images the set lacks that may be left out (%(default)s)",
+        help="listed pairs whose images the set lacks that may be left out",
     )
     parser.add_argument("--untrained", type=Path, metavar="RUN", help="also run this checkpoint with fresh weights")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the raw pixels")
-    parser.add_argument("--sizes", type=counts, default=[40, 28, 20, 14], metavar="PX,..", help="sizes (40,28,20,14)")
+    parser.add_argument("--sizes", type=counts, default=[40, 28, 20, 14], metavar="PX,..", help="sizes")
     parser.add_argument(
-        "--severity", type=float, default=0.5, metavar="0..1", help="of the alignment error (%(default)s)"
+        "--severity", type=float, default=0.5, metavar="0..1", help="size of the alignment error, 1: the largest"
     )
     add_trained_on(parser)
-    parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
+    parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added")
+    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
     parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
 

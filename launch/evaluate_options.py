@@ -102,7 +102,7 @@ def add_rule(parser: argparse.ArgumentParser, choices: Sequence[str] = RULES) ->
         "--rule",
         choices=choices,
         default="canonical",
-        help="how a rate becomes a threshold; the others only to compare with numbers made by them (%(default)s)",
+        help="how a rate becomes a threshold; the others only to compare with numbers made by them",
     )
 
 

@@ -41,11 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lists = parser.add_mutually_exclusive_group(required=True)
     lists.add_argument("--bin", type=Path, metavar="FILE", help="verification set: .bin, or a saved folder of datasets")
     lists.add_argument("--pairs", type=Path, metavar="FILE", help="list of pairs; with --images, or `keys`")
-    parser.add_argument(
-        "--max-missing-pairs", type=int, default=0, metavar="N", help="that may be left out (%(default)s)"
-    )
+    parser.add_argument("--max-missing-pairs", type=int, default=0, metavar="N", help="that may be left out")
     add_source(parser, images="folder or archive of name/image.jpg")
-    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help=f"FARs ({_FARS})")
+    parser.add_argument("--far", type=rates, default=rates(_FARS), metavar="RATE,..", help="FARs")
     add_similarity(parser)
     add_rule(parser, PAIR_RULES)
     add_out(parser, pairs=True)

@@ -44,8 +44,8 @@ def add_source(parser: argparse.ArgumentParser, *, images: str) -> None:
         "--model", type=Path, metavar="MODEL", help="run directory, checkpoint, .onnx or .engine; with --images"
     )
     group.add_argument("--images", type=Path, metavar="PATH", help=images)
-    group.add_argument("--flip", choices=("sum", "none"), default="sum", help="F1: mirror images added (%(default)s)")
-    group.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call (%(default)s)")
+    group.add_argument("--flip", choices=("sum", "none"), default="sum", help="F1: mirror images added")
+    group.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
     group.add_argument(
         "--alignment",
@@ -69,7 +69,7 @@ def add_pooling(parser: argparse.ArgumentParser, default: str) -> None:
         default=default,
         metavar="CODE",
         help="NxDx: N1 keeps the norm of a sample, D1 weights by its detector score; QDx: by --quality, else the norm; "
-        "PFE: by the variances of the embeddings (%(default)s)",
+        "PFE: by the variances of the embeddings",
     )
 
 
@@ -79,7 +79,7 @@ def add_similarity(parser: argparse.ArgumentParser) -> None:
         "--similarity",
         choices=("cosine", "mls"),
         default="cosine",
-        help="mls: mutual likelihood score, for embeddings with variances (%(default)s)",
+        help="mls: mutual likelihood score, for embeddings with variances",
     )
 
 

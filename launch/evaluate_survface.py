@@ -31,7 +31,7 @@ _USED_BY = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--task", choices=("identification", "verification"), default="identification", help="%(default)s"
+        "--task", choices=("identification", "verification"), default="identification", help="what is evaluated"
     )
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the .mat lists")
     parser.add_argument(

@@ -24,12 +24,12 @@ def add_gallery(parser: argparse.ArgumentParser) -> None:
         help="GALLERY is a file of Milvus Lite (faces.db) or the address of a Milvus server (http://host:19530); the "
         "environment variable AROFACE_MILVUS_TOKEN holds its key",
     )
-    parser.add_argument("--collection", default="faces", metavar="NAME", help="of Milvus (%(default)s)")
+    parser.add_argument("--collection", default="faces", metavar="NAME", help="collection in Milvus")
     parser.add_argument(
         "--consistency",
         choices=_CONSISTENCY,
         default="Strong",
-        help="when searches on Milvus see changes (%(default)s)",
+        help="when searches on Milvus see changes",
     )
 
 
@@ -39,7 +39,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="cpu",
         metavar="D",
-        help=f"where the gallery is searched: {DEVICE_NAMES} (%(default)s)",
+        help=f"where the gallery is searched: {DEVICE_NAMES}",
     )
 
 

@@ -11,11 +11,11 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="arithmetic of PyTorch (checkpoints) and OpenVINO; the others keep their own (%(default)s)",
+        help="arithmetic of PyTorch (checkpoints) and OpenVINO; the others keep their own",
     )
     parser.add_argument(
         "--runtime",
         choices=("onnxruntime", "openvino"),
         default="onnxruntime",
-        help="what runs an .onnx file (%(default)s)",
+        help="what runs an .onnx file",
     )

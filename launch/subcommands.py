@@ -5,6 +5,8 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 
+from launch.command_parser import CommandParser
+
 __all__ = ["Table", "declare", "run_chosen"]
 
 #: name -> (module with add_arguments and run, one line of help)
@@ -32,21 +34,19 @@ def run_chosen(args: argparse.Namespace, table: Table, *, command: str) -> int:
     """Parse the rest with the options of the chosen entry and run it."""
     run: Callable[[argparse.Namespace], int] = importlib.import_module(table[args.entry][0]).run
     parser = _parser_of(args.entry, table, command)
-    chosen, unknown = parser.parse_known_args(args.rest, argparse.Namespace(entry=args.entry))
+    chosen, unknown = parser.parse_known(args.rest, argparse.Namespace(entry=args.entry))
     if unknown:
-        hints = (_belongs_to(word.partition("=")[0], table, command) for word in unknown if word.startswith("--"))
-        parser.error("".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+        options = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+        owners = "".join(_belongs_to(option, table, command) for option in options)
+        known = f"unrecognized arguments: {' '.join(unknown)}{owners}"
+        parser.error(known if owners else parser.unknown_message(unknown))
     return run(chosen)
 
 
-def _parser_of(entry: str, table: Table, command: str) -> argparse.ArgumentParser:
+def _parser_of(entry: str, table: Table, command: str) -> CommandParser:
     module = importlib.import_module(table[entry][0])
     add_arguments: Callable[[argparse.ArgumentParser], None] = module.add_arguments
-    parser = argparse.ArgumentParser(
-        prog=f"aroface {command} {entry}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog=f"aroface {command} {entry}", description=module.__doc__)
     add_arguments(parser)
     return parser
 

@@ -189,7 +189,8 @@ def _bars(bins: Sequence[tuple[int, int, int]]) -> str:
         figure = Figure(figsize=(7, 2.8), layout="constrained")
         axes = figure.subplots()
         labels = [str(low) if low == high else f"{low}-{high}" for low, high, _ in bins]
-        drawn = axes.bar(labels, [number for *_, number in bins], color="#3b73b9", width=0.8)
+        drawn = axes.bar(range(len(bins)), [number for *_, number in bins], color="#3b73b9", width=0.8)
+        axes.set_xticks(range(len(bins)), labels)
         axes.bar_label(drawn, [f"{number:,}" for *_, number in bins], padding=2)
         axes.set_xlabel("images of an identity")
         axes.set_ylabel("identities")

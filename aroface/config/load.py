@@ -129,12 +129,20 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     path = ".".join(name for i, name in enumerate(names) if not _is_union_tag(model, detail["loc"][:i], name))
     if detail["type"] == "extra_forbidden":
         near = get_close_matches(names[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}."
+        hint = (
+            f"did you mean {'.'.join([*path.split('.')[:-1], near[0]])}?"
+            if near
+            else f"known here: {', '.join(sorted(known))}."
+        )
         return f"{path} is not a setting; {hint}"
     if detail["type"] == "missing":
         return f"{path} is missing."
     message = detail["msg"].removeprefix("Value error, ")
-    if not path:
+    if detail["type"] == "union_tag_invalid":
+        return f"{path}.kind = {detail['ctx']['tag']!r} is unknown; choose from {detail['ctx']['expected_tags']}."
+    if detail["type"] == "union_tag_not_found":
+        return f"{path}.kind is missing."
+    if not path or message.startswith(f"{path}."):  # it names the setting by itself
         return f"{message}."
     value = detail["input"]
     shown = f" = {value!r}" if isinstance(value, str | int | float | bool | None) else ""

@@ -45,7 +45,7 @@ _BATCH = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PUBLISHED)} (default: all)")
-    parser.add_argument("--image-size", type=int, default=112, metavar="PX", help="side of the input (%(default)s)")
+    parser.add_argument("--image-size", type=int, default=112, metavar="PX", help="side of the input")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 

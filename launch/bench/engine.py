@@ -30,14 +30,14 @@ _CLASSES = 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--ranks", type=positive, default=2, metavar="N", help="processes (%(default)s)")
-    parser.add_argument("--depth", type=int, choices=(18, 34, 50, 100), default=18, help="of IResNet (%(default)s)")
-    parser.add_argument("--width", type=float, default=0.25, metavar="W", help="factor on its channels (%(default)s)")
-    parser.add_argument("--image-size", type=positive, default=56, metavar="PX", help="side (%(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images per rank (%(default)s)")
-    parser.add_argument("--stages", type=_stages, default="0,1,2,3", metavar="S,..", help="ZeRO (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="per round (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="(%(default)s)")
+    parser.add_argument("--ranks", type=positive, default=2, metavar="N", help="ranks, each a process of this machine")
+    parser.add_argument("--depth", type=int, choices=(18, 34, 50, 100), default=18, help="depth of the IResNet")
+    parser.add_argument("--width", type=float, default=0.25, metavar="W", help="factor on its channels")
+    parser.add_argument("--image-size", type=positive, default=56, metavar="PX", help="side of the images")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images per rank")
+    parser.add_argument("--stages", type=_stages, default="0,1,2,3", metavar="S,..", help="ZeRO stages")
+    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="steps in a round")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 

@@ -55,14 +55,18 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--size", type=positive, default=100_000, metavar="N", help="enrolled faces (%(default)s)")
-    parser.add_argument("--probes", type=positive, default=1000, metavar="P", help="searches (%(default)s)")
-    parser.add_argument("--top", type=positive, default=10, metavar="K", help="length of the lists (%(default)s)")
-    parser.add_argument("--kinds", nargs="+", default=["ivf-pq"], metavar="KIND", help="beside flat (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="R", help="of every measurement (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--size", type=positive, default=100_000, metavar="N", help="enrolled faces")
+    parser.add_argument("--probes", type=positive, default=1000, metavar="P", help="searches")
+    parser.add_argument("--top", type=positive, default=10, metavar="K", help="length of the lists")
+    parser.add_argument("--kinds", nargs="+", default=["ivf-pq"], metavar="KIND", help="kinds of index beside flat")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="R", help="rounds of every measurement")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: exact search alone, by wall time"
+    )
     parser.add_argument("--structureless", action="store_true", help="people spread evenly, without look-alikes")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="for the galleries, 2 KiB a face (a temporary one)")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="for the galleries, 2 KiB a face (default: a temporary one)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 

@@ -54,10 +54,12 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--batch", type=int, default=1024, metavar="N", help="images of the global batch (%(default)s)")
-    parser.add_argument("--classes", type=int, default=50_000, metavar="C", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="counted rounds (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=1024, metavar="N", help="images of the global batch")
+    parser.add_argument("--classes", type=int, default=50_000, metavar="C", help="identities")
+    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="counted rounds")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: passes by wall time, and their memory"
+    )
     parser.add_argument("--full", action="store_true", help="memory at 617,970 classes too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--data", type=Path, metavar="PATH", help="faces in any layout (default: drawn ones)")
-    parser.add_argument("--images", type=int, default=100_000, metavar="N", help="repeat them to N (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (%(default)s)")
+    parser.add_argument("--images", type=int, default=100_000, metavar="N", help="repeat them to N")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch")
     parser.add_argument(
         "--workers",
         type=int,
@@ -47,17 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="decoding threads of ours, worker processes of the others (default: the cores)",
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="counted rounds (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="counted rounds")
     parser.add_argument(
         "--memory-images",
         type=int,
         default=1_000_000,
         metavar="N",
-        help="tiny images to pack for the memory (%(default)s)",
+        help="tiny images to pack for the memory",
     )
-    parser.add_argument(
-        "--open-images", type=int, default=_LARGE_SET, metavar="N", help="samples of the set to open (%(default)s)"
-    )
+    parser.add_argument("--open-images", type=int, default=_LARGE_SET, metavar="N", help="samples of the set to open")
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for temporary files (default: the system's)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 

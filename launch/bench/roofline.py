@@ -76,7 +76,7 @@ def measure_peaks(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="on CPU (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU where there is one)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 

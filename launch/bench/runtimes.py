@@ -41,12 +41,14 @@ _WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="exported files of one checkpoint")
-    parser.add_argument("--depths", type=counts, default=[18, 100], metavar="D,..", help="of IResNet (18,100)")
-    parser.add_argument("--width", type=float, default=1.0, metavar="W", help="of IResNet, for a quick look (1)")
-    parser.add_argument("--batches", type=counts, default=[1, 32], metavar="N,..", help="batch sizes (1,32)")
-    parser.add_argument("--images", type=positive, default=16, metavar="N", help="at least, in a round (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of every runtime (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds (%(default)s)")
+    parser.add_argument("--depths", type=counts, default=[18, 100], metavar="D,..", help="depths of IResNet")
+    parser.add_argument(
+        "--width", type=float, default=1.0, metavar="W", help="factor on its channels, for a quick look"
+    )
+    parser.add_argument("--batches", type=counts, default=[1, 32], metavar="N,..", help="batch sizes")
+    parser.add_argument("--images", type=positive, default=16, metavar="N", help="images in a round, at least")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads of every runtime")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 

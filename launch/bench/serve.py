@@ -37,12 +37,12 @@ _BOUNDARY = b"aroface-bench"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help="what is served, best an .onnx file")
-    parser.add_argument("--clients", type=positive, default=64, metavar="N", help="at one time (%(default)s)")
-    parser.add_argument("--requests", type=positive, default=512, metavar="N", help="of a round (%(default)s)")
-    parser.add_argument("--gallery-size", type=positive, default=10_000, metavar="N", help="entries (%(default)s)")
-    parser.add_argument("--batches", type=counts, default=[1, 8, 32, 64], metavar="N,..", help="bare (1,8,32,64)")
+    parser.add_argument("--clients", type=positive, default=64, metavar="N", help="clients at one time")
+    parser.add_argument("--requests", type=positive, default=512, metavar="N", help="requests in a round")
+    parser.add_argument("--gallery-size", type=positive, default=10_000, metavar="N", help="entries of the gallery")
+    parser.add_argument("--batches", type=counts, default=[1, 8, 32, 64], metavar="N,..", help="bare")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 

@@ -52,38 +52,40 @@ _LR = 1e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--depth", type=int, default=18, metavar="N", help="of the iresnet (%(default)s)")
-    parser.add_argument("--image-size", type=int, default=112, metavar="PX", help="side of the images (%(default)s)")
-    parser.add_argument("--width", type=float, default=1.0, help="factor on the channels (%(default)s)")
-    parser.add_argument("--batch", type=int, default=16, metavar="B", help="images of a step (%(default)s)")
-    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the head (%(default)s)")
-    parser.add_argument("--share", type=float, default=0.25, metavar="P", help="share that is warped (%(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="(%(default)s)")
+    parser.add_argument("--depth", type=int, default=18, metavar="N", help="depth of the IResNet")
+    parser.add_argument("--image-size", type=int, default=112, metavar="PX", help="side of the images")
+    parser.add_argument("--width", type=float, default=1.0, metavar="W", help="factor on its channels")
+    parser.add_argument("--batch", type=int, default=16, metavar="B", help="images of a step")
+    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="identities")
+    parser.add_argument("--share", type=float, default=0.25, metavar="P", help="share of the batch that is attacked")
     parser.add_argument(
-        "--contiguous", action="store_true", help="memory layout of the images (default: channels last)"
+        "--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="precision of the backbone"
+    )
+    parser.add_argument(
+        "--contiguous", action="store_true", help="keep images and activations in NCHW instead of channels last"
     )
     parser.add_argument(
         "--head",
         choices=("auto", "plain", "chunked", "triton"),
         default="auto",
-        help="how it forms the softmax (%(default)s)",
+        help="how the head forms its softmax",
     )
     parser.add_argument(
-        "--logit-precision", choices=("fp32", "bf16"), default="fp32", help="of its products (%(default)s)"
+        "--logit-precision", choices=("fp32", "bf16"), default="fp32", help="precision of the products of the head"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile for the backbone")
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="replay the attack's passes from CUDA graphs, on a GPU"
     )
     parser.add_argument("--plain-norms", action="store_true", help="batch norms by PyTorch instead of fused, on a GPU")
-    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1, help="(%(default)s)")
+    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO stage of the engine")
     parser.add_argument(
         "--layouts",
         action="store_true",
         help="instead: plain steps in fp32 and contiguous against bf16 and channels last (and compiled)",
     )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="on CPU (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted steps of every way (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted steps of every way")
     parser.add_argument("--ways", default=",".join(_WAYS), metavar="A,B", help="comma-separated, of: %(default)s")
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="write a trace of every way for chrome://tracing, name the largest"

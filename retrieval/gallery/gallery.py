@@ -272,7 +272,7 @@ class Gallery(FaceGallery):
             ConfigError: a kind that is searched on the CPU only, or a gallery that does not fit on the GPUs.
         """
         if len(self):
-            self._source("entry")
+            self._source("entry", len(self))
 
     def close(self) -> None:
         """Nothing to do: the memory maps go with the object."""

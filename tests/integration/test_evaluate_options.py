@@ -345,3 +345,18 @@ def test_a_model_whose_colour_order_is_unknown_is_not_run(tmp_path: Path, capsys
     assert "carries no complete input contract" in error
     assert "colour_order" in error
     assert "Without it the preprocessing would be a guess" in error
+
+
+def test_probes_that_are_enrolled_themselves_are_told(tmp_path: Path) -> None:
+    values = embeddings_of([row // 2 for row in range(6)], noise=0.1)
+    values[0] = 0  # a failure is no copy of another failure
+    keys = np.array(KEYS[:6])
+    people = np.array([key.split("/")[0] for key in keys])
+    write_embeddings(tmp_path / "g.npz", EmbeddingSet(values[:4], people[:4], keys=keys[:4]))
+    write_embeddings(tmp_path / "p.npz", EmbeddingSet(values[[0, 2, 5]], people[[0, 2, 5]], keys=keys[[0, 2, 5]]))
+    write_embeddings(tmp_path / "other.npz", EmbeddingSet(values[4:] * 2, people[4:], keys=keys[:2]))
+    search = ["--gallery", tmp_path / "g.npz"]
+    warnings = evaluate(tmp_path, "identification", *search, "--probes", tmp_path / "p.npz")["warnings"]
+    assert any("1 of 3 probes are enrolled" in warning and KEYS[2] in warning for warning in warnings)
+    fine = evaluate(tmp_path, "identification", *search, "--probes", tmp_path / "other.npz")["warnings"]
+    assert not any("are enrolled" in warning for warning in fine)

@@ -80,7 +80,7 @@ def test_survface_refuses_what_its_task_does_not_use(
         ),
         (["tinyface", "--lists", "t", "--embeddings", "e", "--far=1e-3"], "--far belongs to verification, lfw, "),
         (["lfw", "--bin", "lfw.bin", "--embeddings", "e", "--fpir", "0.1"], "--fpir belongs to identification, ijbb, "),
-        (["verification", "--embeddings", "e", "--pairs", "p", "--fpr", "0.1"], "unrecognized arguments: --fpr 0.1\n"),
+        (["verification", "--embeddings", "e", "--pairs", "p", "--fpr", "0.1"], "--fpr 0.1; did you mean --far?\n"),
     ],
 )
 def test_an_option_of_other_protocols_tells_which(

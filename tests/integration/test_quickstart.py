@@ -98,5 +98,5 @@ def test_test_set_without_data(tmp_path, drawn_faces, capsys):
 
 def test_misspelt_setting_stops_before_any_work(tmp_path, drawn_faces, capsys):
     message = refused(capsys, "--data", drawn_faces, "--out", tmp_path / "out", "head.marginn=0.5")
-    assert "did you mean margin" in message
+    assert "did you mean head.margin" in message
     assert not Path(tmp_path / "out" / "shards").exists()

@@ -163,7 +163,7 @@ def test_check_builds_everything_and_trains_nothing(tmp_path, drawn_shards, caps
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["head.marginn=0.5"], "head.marginn is not a setting; did you mean margin?"),
+        (["head.marginn=0.5"], "head.marginn is not a setting; did you mean head.margin?"),
         (["head.margin=3"], "head.margin = 3: input should be less than or equal to 1.57"),
         (["alignment.kind=delayed", "alignment.share=0.6"], "at most 0.5 can be warped; lower share"),
         (["alignment.release_compat=true", "alignment.share=0.3"], "makes 5 + 2 of 8 images"),

@@ -47,12 +47,13 @@ def test_duplicate_keys_and_broken_yaml_are_refused():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("head.marginn=0.5", "head.marginn is not a setting; did you mean margin?"),
+        ("head.marginn=0.5", "head.marginn is not a setting; did you mean head.margin?"),
         ("optm.momentum=0.5", "optm is not a setting; did you mean optim?"),
-        ("data.augment.flp=0.5", "data.augment.flp is not a setting; did you mean flip?"),
+        ("data.augment.flp=0.5", "data.augment.flp is not a setting; did you mean data.augment.flip?"),
         ("model.depth=51", "model.depth = 51: input should be 18, 34, 50, 100 or 200."),
         ("head.margin=2", "head.margin = 2: input should be less than or equal to 1.57."),
-        ("head.kind=foo", "does not match any of the expected tags: 'arcface', 'cosface', 'combined', 'adaface',"),
+        ("head.kind=foo", "head.kind = 'foo' is unknown; choose from 'arcface', 'cosface', 'combined', 'adaface',"),
+        ("model.kind=resnet", "model.kind = 'resnet' is unknown; choose from 'iresnet', 'ir', 'mobilefacenet', 'vit'."),
         ("batch.global_batch=010", "batch.global_batch = '010': input should be a valid integer."),
         ("schedule.warmup_epochs=3", "leaves nothing of schedule.epochs"),
     ],

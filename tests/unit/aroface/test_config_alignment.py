@@ -44,7 +44,7 @@ def test_the_defaults_of_every_kind_are_valid(kind):
         ({"kind": "elastic", "elastic": {"amplitude_px": 1.0}}, "leaves amplitude_px = 1.0 with the first step"),
         (
             {"kind": "elastic", "elastic": {"spacing": 8.0}},
-            "elastic.spacing is not a setting; did you mean spacing_px?",
+            "elastic.spacing is not a setting; did you mean elastic.spacing_px?",
         ),
         ({"kind": "adverserial"}, "input should be 'none', 'random', 'adversarial'"),
     ],

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import COMMANDS, main
 
@@ -61,3 +62,73 @@ def test_no_file_shadows_a_dependency_or_a_sibling():
     taken = set(importlib.metadata.packages_distributions()) | set(PACKAGES)
     own = {path.stem for path in modules()} - {"__init__", "__main__"}
     assert own & taken == set()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 4 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 2.50 GiB."),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_what_to_lower(error, monkeypatch, capsys):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr("launch.cmd_train.run", run)
+    assert main(["train", "c.yaml", "--run", "r"]) == 2
+    assert "out of memory (2.50 GiB more were wanted). Lower batch.micro_batch" in capsys.readouterr().err
+
+
+def test_another_runtime_error_is_a_bug(monkeypatch):
+    def run(args):
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr("launch.cmd_train.run", run)
+    with pytest.raises(RuntimeError, match="no idea"):
+        main(["train", "c.yaml", "--run", "r"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["c.yaml", "a.b=1", "d=2", "--run", "r"],
+        ["--run", "r", "c.yaml", "a.b=1", "d=2"],
+        ["c.yaml", "a.b=1", "--run", "r", "d=2"],
+    ],
+)
+def test_settings_stand_before_between_or_behind_the_options(arguments, monkeypatch):
+    seen = []
+    monkeypatch.setattr("launch.cmd_train.run", lambda args: seen.append(args) or 0)
+    assert main(["train", *arguments]) == 0
+    assert (seen[0].config, seen[0].overrides, seen[0].run) == (Path("c.yaml"), ["a.b=1", "d=2"], Path("r"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["train", "c.yaml", "--run", "r", "--resum", "auto", "--chek"], "did you mean --check?"),
+        (["embed", "m", "i", "--out", "o", "--presicion", "bf16"], "did you mean --precision?"),
+        (["evaluate", "compare", "a", "b", "--out", "o", "--resample-count", "3"], "unrecognized arguments"),
+        (["bench", "head", "--clases", "3"], "did you mean --classes?"),
+        (["evaluate", "lwf"], "did you mean lfw?"),
+        (["gallery", "serch", "g"], "did you mean search?"),
+        (["export", "r", "--out", "o", "--precision", "fp61"], "did you mean fp16?"),
+        (["export", "r", "--out", "o", "--precision", "double"], "(choose from"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(arguments, wanted, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_keeps_to_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["pack", "--help"])
+    text = capsys.readouterr().out
+    assert "images in a shard (default: 8192)" in text
+    assert "set N identities aside (default: 0)" in text
+    assert max(map(len, text.splitlines())) <= 80
