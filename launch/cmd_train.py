@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: from the newest whole checkpoint in DIR if there is one (default); never: DIR must be new; "
         "PATH: from that checkpoint or run directory",
     )
-    parser.add_argument("--check", action="store_true", help="build everything, run two batches and evaluate, and stop")
+    parser.add_argument(
+        "--check", action="store_true", help="build everything, make one step, evaluate, and keep nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -178,13 +178,13 @@ class Trainer:
 
     @start_up_faults()
     def check(self) -> float:
-        """Two micro-batches through the whole task without an update, and every evaluation; returns the second loss."""
-        loss = math.nan
-        for batch in self._batches(2):
-            loss = float(self._task(batch, step=0, micro_step=0).loss.detach())
+        """One whole step, as large as those of the training, and every evaluation; keeps nothing; returns the loss."""
+        meter = Meter()
+        self._engine.train()
+        lr, grad_norm = self._step(self._batches(self._accumulation), meter)
         if self._evaluation:
             self._evaluation.run(self._embedder(), step=0, samples=0)
-        return loss
+        return meter.line(step=1, samples=0, lr=lr, grad_norm=grad_norm).loss
 
     def train(self) -> TrainingResult:
         """Run to the end, or until `request_stop`; saves before it returns.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aroface.engine.deepspeed_engine import BackboneEngine
 from launch.cli import main
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "smoke" / "tiny.yaml")
@@ -154,10 +155,15 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0_however_often_it_comes
     assert state["samples_seen"] == 16 * state["step"]
 
 
-def test_check_builds_everything_and_trains_nothing(tmp_path, drawn_shards, capsys):
+def test_check_makes_the_first_step_and_keeps_nothing(tmp_path, drawn_shards, capsys, monkeypatch):
+    passes, backward = [], BackboneEngine.backward
+    monkeypatch.setattr(BackboneEngine, "backward", lambda *args: passes.append(1) or backward(*args))
     assert train(tmp_path / "run", drawn_shards, options=["--check"]) == 0
-    assert "check passed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(passes) == 2  # micro-batches
     assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", drawn_shards) == 0
+    assert f"check passed: loss of an untrained batch {metrics(tmp_path / 'run')[0]['loss']:.3f}" in printed
 
 
 @pytest.mark.parametrize(
