@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="factor on every size, for a quick look")
     parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="resamples of the bootstrap")
-    parser.add_argument("--device", metavar="D", help=f"of the searches: {DEVICE_NAMES} (default: cpu)")
+    parser.add_argument("--device", metavar="D", help=f"the searches alone, on {DEVICE_NAMES}")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 
