@@ -208,10 +208,17 @@ def _graph_for_engine(args: argparse.Namespace, release: str) -> tuple[Any, Any,
                 f"--precision {args.precision}: {args.checkpoint} is {metadata.precision}, and an engine keeps the "
                 "precision of its ONNX file. Leave the option out, or name the checkpoint."
             )
-        if args.opset is not None:
+        settled = {
+            "--opset": args.opset is not None,
+            "--input": args.input_layout not in ("uint8_nhwc", metadata.input_layout),
+            "--flip-fusion": args.flip_fusion,
+            "--calibration": args.calibration is not None,
+            "--int8-for": args.int8_for is not None,
+        }
+        if any(settled.values()):
             raise ConfigError(
-                f"--opset {args.opset}: an engine keeps the opset of its ONNX file. Leave the option out, and export "
-                f"{args.checkpoint} with it, or name the checkpoint."
+                f"{', '.join(name for name, is_given in settled.items() if is_given)}: an engine keeps what stands in "
+                f"its ONNX file. Export {args.checkpoint} with that, or name the checkpoint."
             )
         newest = opset_for(release, metadata.precision)
         if proto.opset_import[0].version > newest:
