@@ -9,6 +9,7 @@ too, and has to run on the GPU that the engine is for. docs/export.md tells whic
 """
 
 import argparse
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from export.to_onnx import OnnxSettings
 
 _OPSETS = "20 to 28"
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="uint8 RGB pixels, or floats that the caller has preprocessed",
     )
     parser.add_argument("--flip-fusion", action="store_true", help="embedding = e(image) + e(mirrored image)")
-    parser.add_argument("--opset", type=positive, metavar="N", help=f"ONNX opset, {_OPSETS} (default: 25)")
+    parser.add_argument(
+        "--opset",
+        type=positive,
+        metavar="N",
+        help=f"ONNX opset, {_OPSETS} (default: 25; for TensorRT, the newest that it reads)",
+    )
     parser.add_argument(
         "--faces",
         type=Path,
@@ -157,19 +165,17 @@ def _to_onnx(args: argparse.Namespace) -> int:
 def _to_tensorrt(args: argparse.Namespace) -> int:
     from export.engine_record import BatchProfile
     from export.tensorrt_probe import require_tensorrt
-    from export.to_tensorrt import DEFAULT_PROFILES, EngineSettings, export_tensorrt, opset_for
+    from export.to_tensorrt import DEFAULT_PROFILES, EngineSettings, export_tensorrt
 
     profiles = tuple(BatchProfile.parse(text) for text in args.batch_profile or ())
     gpu = require_tensorrt()  # before the minutes that the rest takes
-    if args.opset is None:
-        args.opset = opset_for(gpu.tensorrt_release, args.precision or "fp32")
     settings = EngineSettings(
         profiles=profiles or DEFAULT_PROFILES,
         workspace_gib=args.workspace_gib,
         timing_cache=args.timing_cache,
         optimisation_level=args.optimisation_level,
     )
-    proto, reference, calibration = _graph_for_engine(args)
+    proto, reference, calibration = _graph_for_engine(args, gpu.tensorrt_release)
     faces, faces_name = _faces(args, reference.contract.image_size)
     report = {
         "model_id": reference.model_id,
@@ -189,10 +195,11 @@ def _to_tensorrt(args: argparse.Namespace) -> int:
     return 0
 
 
-def _graph_for_engine(args: argparse.Namespace) -> tuple[Any, Any, "NDArray[np.uint8] | None"]:
-    """(graph, what the engine is compared with, calibration faces)."""
+def _graph_for_engine(args: argparse.Namespace, release: str) -> tuple[Any, Any, "NDArray[np.uint8] | None"]:
+    """(graph, what the engine is compared with, calibration faces) for a release of TensorRT."""
     from export.onnx_file import read_onnx
     from export.to_onnx import make_onnx, open_for_gates
+    from export.to_tensorrt import opset_for
 
     if args.checkpoint.suffix == ".onnx":
         proto, metadata = read_onnx(args.checkpoint)
@@ -201,10 +208,30 @@ def _graph_for_engine(args: argparse.Namespace) -> tuple[Any, Any, "NDArray[np.u
                 f"--precision {args.precision}: {args.checkpoint} is {metadata.precision}, and an engine keeps the "
                 "precision of its ONNX file. Leave the option out, or name the checkpoint."
             )
+        settled = {
+            "--opset": args.opset is not None,
+            "--input": args.input_layout not in ("uint8_nhwc", metadata.input_layout),
+            "--flip-fusion": args.flip_fusion,
+            "--calibration": args.calibration is not None,
+            "--int8-for": args.int8_for is not None,
+        }
+        if any(settled.values()):
+            raise ConfigError(
+                f"{', '.join(name for name, is_given in settled.items() if is_given)}: an engine keeps what stands in "
+                f"its ONNX file. Export {args.checkpoint} with that, or name the checkpoint."
+            )
+        newest = opset_for(release, metadata.precision)
+        if proto.opset_import[0].version > newest:
+            logger.warning(
+                "%s has opset %d, and TensorRT %s is known to read %d at most; should it refuse the graph, name the "
+                "checkpoint in place of the file, or export it with --opset %d.",
+                *(args.checkpoint, proto.opset_import[0].version, release, newest, newest),
+            )
         return proto, open_for_gates(args.checkpoint, metadata.precision), None
     from aroface.inference import TorchEmbedder, load_model
 
     model = load_model(args.checkpoint)
+    args.opset = args.opset or opset_for(release, args.precision or "fp32")
     settings = _onnx_settings(args)
     calibration = _calibration(args, model.contract.image_size) if settings.precision == "int8" else None
     return make_onnx(model, settings, calibration), TorchEmbedder(model), calibration

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--level", choices=_LEVELS, default="entry", help="what a candidate is")
     _add_search(_action(actions, "search", "candidate lists of probes"))
     info = _action(actions, "info", "what a gallery holds")
-    info.add_argument("--entries", action="store_true", help="list every entry, its subject and its norm")
+    info.add_argument("--entries", action="store_true", help="list every entry, its subject and its norm (directory)")
 
 
 def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -62,9 +62,8 @@ def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _add_index(parser: argparse.ArgumentParser, default: str | None) -> None:
-    parser.add_argument(
-        "--index", choices=_KINDS, default=default, help=f"how to search ({default or 'as before'}); flat is exact"
-    )
+    text = "how to search; flat is exact" + ("" if default else " (default: as before)")
+    parser.add_argument("--index", choices=_KINDS, default=default, help=text)
     parser.add_argument("--recall", type=rate, default=0.98, metavar="R", help="recall@1 to reach")
     parser.add_argument("--recall-probes", type=Path, metavar="P.npz", help="measure it with these, not drawn probes")
     parser.add_argument(
@@ -275,7 +274,7 @@ def _fpir(args: argparse.Namespace, gallery: "FaceGallery", score: float) -> flo
 
 
 def _info(args: argparse.Namespace) -> None:
-    gallery = open_gallery(args)
+    gallery = _local(args) if args.entries else open_gallery(args)
     info = gallery.info
     print(_summary(gallery))
     print(f"  model       {info.model_id or 'unknown'}")
@@ -320,7 +319,7 @@ def _local(args: argparse.Namespace) -> "Gallery":
 
     gallery = open_gallery(args)
     if not isinstance(gallery, Gallery):
-        raise ConfigError(f"`aroface gallery {args.action}` works on a directory; Milvus compacts by itself.")
+        raise ConfigError("compact and info --entries work on a directory; Milvus compacts and lists by itself.")
     return gallery
 
 

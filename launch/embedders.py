@@ -9,11 +9,10 @@ from aroface.types import Embedder
 if TYPE_CHECKING:
     from aroface.inference import InferencePrecision
 
-__all__ = ["RUNTIMES", "RuntimeName", "open_embedder"]
+__all__ = ["RuntimeName", "open_embedder"]
 
 #: What runs an .onnx file.
 RuntimeName = Literal["onnxruntime", "openvino"]
-RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
 
 
 def open_embedder(

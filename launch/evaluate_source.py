@@ -92,7 +92,8 @@ def add_out(
         type=whole,
         default=RESAMPLES,
         metavar="N",
-        help=f"of the bootstrap over subjects, for the intervals; 0: Wilson, as of independent trials ({RESAMPLES})",
+        help="of the bootstrap over subjects, for the intervals; 0: Wilson, as of independent trials "
+        f"(default: {RESAMPLES})",
     )
     if thresholds:
         parser.add_argument(

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aroface.errors import ConfigError
 from retrieval.devices import DEVICE_NAMES
 
 if TYPE_CHECKING:
@@ -53,11 +54,16 @@ def open_gallery(args: argparse.Namespace, *, device: str = "cpu") -> "FaceGalle
 
     Raises:
         DataError: there is none, or it is damaged.
-        ConfigError: no such device, or no connection.
+        ConfigError: no such device, none to choose (Milvus), or no connection.
     """
     from retrieval.gallery import Gallery, MilvusGallery
 
     if args.milvus:
+        if device != "cpu":
+            raise ConfigError(
+                f"--device {device} is where a directory is searched; a gallery of Milvus is searched by its server. "
+                "Leave it away."
+            )
         return MilvusGallery.open(
             args.gallery, collection=args.collection, consistency=args.consistency, token=milvus_token()
         )

@@ -24,7 +24,6 @@ from aroface.errors import ConfigError
 from launch.bench.measure import PeakMemory
 from launch.bench.output import Report
 from launch.bench.roofline import Peaks, measure_peaks
-from retrieval.devices import DEVICE_NAMES
 
 if TYPE_CHECKING:
     from retrieval.embeddings import EmbeddingSet
@@ -45,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="factor on every size, for a quick look")
     parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="resamples of the bootstrap")
-    parser.add_argument("--device", metavar="D", help=f"of the searches: {DEVICE_NAMES} (default: cpu)")
+    parser.add_argument(
+        "--device", metavar="D", help="the searches alone, on GPUs beside the CPU: cuda, cuda:0 or cuda:0,1"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
 
 

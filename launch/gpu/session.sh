@@ -154,8 +154,8 @@ part_3() {
   show=20 step faiss 200 \
     aroface bench gallery --device cuda --size 10000000 --top 20 --out "$out/gallery-10m.json"
   step onnx 90 aroface export "$work/run" --precision fp16 --out "$work/r100.onnx"
-  step engine 200 aroface export "$work/r100.onnx" --to tensorrt --batch-profile 1,1,8 --batch-profile 1,64,64 \
-    --out "$work/r100.engine"
+  step engine 200 aroface export "$work/run" --to tensorrt --precision fp16 --batch-profile 1,1,8 \
+    --batch-profile 1,64,64 --out "$work/r100.engine"
   show=12 step embed 120 aroface bench export "$work/run" "$work/r100.engine" --batches 1,64 --images 256 \
     --out "$out/embed.json"
   step onnx-runtime 60 aroface bench export "$work/run" "$work/r100.onnx" --batches 64 --images 64 --threads 8 \

@@ -26,6 +26,8 @@ __all__ = [
 MAX_ID = 512  #: bytes of an id
 _SETTINGS, _CALIBRATION = "aroface.gallery", "aroface.calibration"  # properties of the collection, as JSON
 _POLL_S = 0.5
+_TELL_S = 30.0
+_STALL_S = 3600.0  # rows are counted by whole segments, and one of 512 MB takes many minutes on few cores
 
 logger = logging.getLogger(__name__)
 
@@ -127,17 +129,35 @@ def wait_until_indexed(client: Any, collection: str) -> None:
     Before, new rows are compared one by one, and a search tells nothing about the index. Small segments are left for
     Milvus to join: asked for it by this client, a server 2.3 compacts the collections of everyone.
 
+    What is done is logged now and then: an index of 10^9 entries takes hours.
+
     Raises:
-        DataError: Milvus could not make an index.
+        DataError: Milvus could not make an index, or got no further for an hour.
     """
     client.flush(collection)
     logger.info("Collection %s: Milvus makes its indexes.", collection)
+    done, progressed = "", time.monotonic()
+    told = progressed
     while True:
         state = client.describe_index(collection, "embedding")
         if state.get("state") == "Failed":
             raise DataError(f"Milvus could not make the index of {collection}: {state.get('index_state_fail_reason')}")
-        if state.get("state", "Finished") == "Finished" and not int(state.get("pending_index_rows") or 0):
+        pending = int(state.get("pending_index_rows") or 0)
+        if state.get("state", "Finished") == "Finished" and not pending:
             break
+        now, before = time.monotonic(), done
+        done = f"{state.get('indexed_rows', '?')} of {state.get('total_rows', '?')} rows indexed, {pending} wait"
+        if done != before:
+            progressed = now
+        elif now - progressed > _STALL_S:
+            raise DataError(
+                f"Milvus makes no progress with the index of {collection}: {done} since {_STALL_S / 60:.0f} minutes. "
+                "See in its log whether index nodes run and have cores and memory, then build again; ivf-sq8 is made "
+                "sooner than ivf-pq and hnsw, and flat needs no index."
+            )
+        if now - told > _TELL_S:
+            told = now
+            logger.info("Collection %s: %s.", collection, done)
         time.sleep(_POLL_S)
     client.release_collection(collection)  # loaded anew, it is searched through the indexes
     client.load_collection(collection)

@@ -4,11 +4,12 @@ import logging.config
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from aroface.errors import ConfigError
+from aroface.errors import ConfigError, DataError
 
-__all__ = ["connect", "is_lite"]
+__all__ = ["connect", "connect_to", "is_lite"]
 
 _OLDEST = (2, 3)
 
@@ -49,6 +50,23 @@ def connect(uri: str, token: str) -> Any:
             "server, or use another one."
         )
     return client
+
+
+def connect_to(uri: str, token: str, collection: str) -> Any:
+    """As `connect`, for a collection that is there; Milvus Lite alone would make a file that is missing.
+
+    Raises:
+        DataError: there is no such collection.
+        ConfigError: as `connect`.
+    """
+    if "://" in uri or Path(uri).exists():
+        client = connect(uri, token)
+        if client.has_collection(collection):
+            return client
+        client.close()
+    raise DataError(
+        f"There is no collection {collection} at {uri}; make it with `aroface gallery build {uri} --milvus`."
+    )
 
 
 def is_lite(version: str) -> bool:

@@ -31,7 +31,7 @@ from retrieval.gallery.milvus_collection import (
     make_index,
     wait_until_indexed,
 )
-from retrieval.gallery.milvus_connection import connect
+from retrieval.gallery.milvus_connection import connect, connect_to
 from retrieval.gallery.milvus_kinds import Effort, check_kind, efforts_of, index_of
 from retrieval.gallery.milvus_source import MilvusSource, among, pooled_source, stored_entries
 from retrieval.gallery.recall import RECALL_TOP, IndexWish, Sample, cheapest, recall_of, sample_of
@@ -73,12 +73,7 @@ class MilvusGallery(FaceGallery):
             DataError: no such collection, or one of somebody else.
             ConfigError: no connection, or pymilvus is missing.
         """
-        client = connect(uri, token)
-        if not client.has_collection(collection):
-            client.close()
-            raise DataError(
-                f"There is no collection {collection} at {uri}; make it with `aroface gallery build {uri} --milvus`."
-            )
+        client = connect_to(uri, token, collection)
         client.load_collection(collection)
         return cls(client, uri, collection, consistency)
 

@@ -99,7 +99,11 @@ def test_a_bf16_file_runs_on_openvino_only(place: Path, tmp_path: Path, capsys: 
 
 
 def test_an_engine_by_a_stand_in_for_tensorrt(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The whole way of the command: checkpoint or ONNX file, engine and record, and the engine as a model."""
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_stand_in)
@@ -115,10 +119,13 @@ def test_an_engine_by_a_stand_in_for_tensorrt(
     printed = capsys.readouterr().out
     assert "TensorRT 11.4.0.106 for Stand-in 1" in printed
     assert "batches of 1,1,4 and 1,16,64" in printed
+    assert "m.onnx has opset 25, and TensorRT 11.4 is known to read 24 at most" in caplog.text
+    caplog.clear()
     record = json.loads(engine.with_name("m.engine.json").read_text())
     assert record["parity"]["min_cosine"] > 0.9999
     assert record["engine"]["model"]["precision"] == "fp16"
     assert main(["export", run, "--to", "tensorrt", "--out", str(direct), "--precision", "fp16"]) == 0
+    assert "opset" not in caplog.text
     plain = embed(place / "run", place / "faces", tmp_path / "torch.npz")
     for model in (engine, direct):
         np.testing.assert_allclose(embed(model, place / "faces", tmp_path / "e.npz"), plain, rtol=0.05, atol=0.5)
@@ -131,6 +138,9 @@ def test_an_engine_by_a_stand_in_for_tensorrt(
     capsys.readouterr()
     assert main(["export", str(onnx_file), "--to", "tensorrt", "--out", str(engine), "--precision", "fp32"]) == 2
     assert "keeps the precision of its ONNX file" in capsys.readouterr().err
+    settled = ["--opset", "24", "--flip-fusion", "--input", "float_nchw", "--int8-for", "tensorrt"]
+    assert main(["export", str(onnx_file), "--to", "tensorrt", "--out", str(engine), *settled]) == 2
+    assert "--opset, --input, --flip-fusion, --int8-for: an engine keeps what stands in" in capsys.readouterr().err
 
 
 def test_export_writes_the_model_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The command table: fast help, lazy imports, exit codes, and names that shadow nothing."""
 
+import argparse
 import importlib
 import importlib.metadata
 import re
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 from launch.cli import COMMANDS, main
+from launch.cmd_bench import BENCHMARKS
+from launch.cmd_evaluate import PROTOCOLS
+from launch.command_parser import CommandParser
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("aroface", "shards", "export", "retrieval", "launch")
@@ -132,3 +136,24 @@ def test_help_shows_defaults_and_keeps_to_the_terminal(monkeypatch, capsys):
     assert "images in a shard (default: 8192)" in text
     assert "set N identities aside (default: 0)" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def options_of(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for other in action.choices.values():
+                yield from options_of(other)
+        elif action.option_strings:
+            yield action
+
+
+@pytest.mark.parametrize(
+    "module", sorted({name for table in (COMMANDS, BENCHMARKS, PROTOCOLS) for name, _ in table.values()})
+)
+def test_no_option_tells_its_default_twice(module):
+    parser = CommandParser(prog="x", description="")
+    importlib.import_module(module).add_arguments(parser)
+    for action in options_of(parser):
+        shown = parser._get_formatter()._get_help_string(action)
+        default = re.escape(str(action.default))
+        assert len(re.findall(rf"default|\({default}\)", shown)) <= 1, shown

@@ -355,6 +355,13 @@ def test_a_collection_is_built_part_by_part(milvus: MilvusPlace) -> None:
     whole.close()
 
 
+def test_looking_for_a_gallery_makes_no_file(tmp_path: Path) -> None:
+    pytest.importorskip("milvus_lite")
+    with pytest.raises(DataError, match=r"There is no collection faces at .*m\.db"):
+        MilvusGallery.open(str(tmp_path / "m.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_file_of_milvus_lite_is_told_without_a_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -369,14 +376,12 @@ def test_milvus_leaves_the_handlers_of_others_open(tmp_path: Path) -> None:
     pytest.importorskip("milvus_lite")
     program = """
 import logging, sys
-from retrieval.gallery import MilvusGallery
+from retrieval.gallery.milvus_connection import connect
 handler = logging.StreamHandler(open(sys.argv[1], "w"))
 handler.close = lambda: handler.stream.close()
 logging.getLogger().addHandler(handler)
-try:
-    MilvusGallery.open(sys.argv[2])
-finally:
-    logging.getLogger().warning("still here")
+connect(sys.argv[2], "").close()
+logging.getLogger().warning("still here")
 """
     log = tmp_path / "log"
     subprocess.run([sys.executable, "-c", program, str(log), str(tmp_path / "m.db")], capture_output=True, timeout=60)
