@@ -83,6 +83,7 @@ def create_app(service: FaceService, settings: GuardSettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # an answer that the description does not know
     )
     app.add_middleware(Guard, settings=settings, stats=service.stats)
     add_handlers(app)

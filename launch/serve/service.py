@@ -1,5 +1,6 @@
 """Model and gallery together: enrol, search, compare, delete. Knows no HTTP."""
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -93,6 +94,7 @@ class FaceService:
         self.embedder, self.stats, self.detector = embedder, stats, detector
         self._gallery = gallery
         self._writer = threading.Lock()
+        self._decoding = threading.BoundedSemaphore(os.cpu_count() or 1)  # 12 megapixels in small files fill the memory
         self._embedding = Batcher(
             self._embed_batch,
             name="embed",
@@ -120,7 +122,8 @@ class FaceService:
     def crop(self, data: bytes, landmarks: NDArray[np.float64] | None) -> NDArray[np.uint8]:
         """The aligned face of an uploaded file; see `face_from_upload`."""
         size = self.embedder.contract.image_size
-        return face_from_upload(data, size=size, landmarks=landmarks, detector=self.detector)
+        with self._decoding:
+            return face_from_upload(data, size=size, landmarks=landmarks, detector=self.detector)
 
     def embed(self, face: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(S, S, 3) crop to its (D,) embedding, un-normalised.

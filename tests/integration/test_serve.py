@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import httpx2 as httpx
+import numpy as np
 import pytest
 
 from launch.cli import main
@@ -247,9 +249,7 @@ def test_the_page_searches_enrols_and_deletes(own_copy, drawn_faces, browser, tm
         wait(browser, lambda b: "12 entries of 12 subjects" in text(b, "gallery"))
         assert "at 10 % false alarms" in text(browser, "thresholds")
 
-        drop(browser, faces[0])
-        wait(browser, lambda b: b.find_element(By.ID, "search").is_enabled())
-        browser.find_element(By.ID, "search").click()
+        drop(browser, faces[0])  # is searched of itself
         wait(browser, lambda b: len(b.find_elements(By.CSS_SELECTOR, "#matches li")) == 5)
         first = browser.find_element(By.CSS_SELECTOR, "#matches li")
         assert first.find_element(By.CLASS_NAME, "subject").text == faces[0].parent.name
@@ -293,6 +293,73 @@ def test_the_page_searches_enrols_and_deletes(own_copy, drawn_faces, browser, tm
         complaints = [line["message"] for line in browser.get_log("browser") if line["level"] == "SEVERE"]
         expected = ("401", "415")  # before the key, and the text file
         assert [line for line in complaints if not any(code in line for code in expected)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_page_explains_itself_to_a_newcomer(own_copy, drawn_faces, browser, tmp_path):
+    """On a telephone, with the keyboard alone: a wrong key, an empty gallery, files that will not do, no service."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    key_file, wide = tmp_path / "key", tmp_path / "wide.png"
+    key_file.write_text(KEY)
+    cv2.imwrite(str(wide), np.zeros((40, 90, 3), np.uint8))
+    face, other = sorted(drawn_faces.rglob("*.jpg"))[:2]
+    for subject in sorted(drawn_faces.iterdir()):
+        assert main(["gallery", "remove", str(own_copy / "gallery"), "--subject", subject.name]) == 0
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+
+    def shown(name):
+        return browser.find_element(By.ID, name).is_displayed()
+
+    def type_in(text):
+        ActionChains(browser).send_keys(text).perform()
+
+    with running(own_copy, "--key-file", str(key_file)) as (process, address):
+        browser.get(address)
+        wait(browser, lambda b: shown("key-form"))
+        assert not shown("main")
+        assert text(browser, "key-message") == ""
+        for wrong, why in (("wrong\n", "not the key"), ("schl\u00fcssel\n", "accents")):
+            type_in(wrong)  # the field has the focus
+            wait(browser, lambda b, why=why: why in text(b, "key-message"))
+            browser.switch_to.active_element.send_keys(Keys.CONTROL + "a")
+        screenshot(browser, "locked")
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        type_in(KEY + "\n")
+        wait(browser, lambda b: "Empty: choose a face and enrol it" in text(b, "gallery"))
+        assert shown("main")
+        assert text(browser, "message") == ""
+
+        type_in(Keys.TAB)  # from the top of the page to the first thing to do
+        assert browser.switch_to.active_element.get_attribute("id") == "file"
+        browser.switch_to.active_element.send_keys(str(face))
+        wait(browser, lambda b: shown("preview"))
+        type_in(Keys.TAB * 2 + "\n")
+        wait(browser, lambda b: "The gallery is empty" in text(b, "message"))
+        type_in(Keys.TAB + "ann\n")
+        wait(browser, lambda b: "1 entry of 1 subject " in text(b, "gallery"))
+        ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).send_keys("\n").perform()
+        wait(browser, lambda b: "ann" in text(b, "matches"))
+        assert text(browser, "message") == ""  # what was said before holds no more
+        assert browser.execute_script("return document.querySelector('#matches li').getBoundingClientRect().top") < 844
+
+        browser.find_element(By.ID, "file").send_keys(str(other))
+        wait(browser, lambda b: not text(b, "matches"))  # they are those of another face
+        browser.find_element(By.ID, "file").send_keys(str(wide))
+        browser.find_element(By.ID, "search").click()
+        wait(browser, lambda b: "90 x 40 pixels" in text(b, "message"))
+        browser.find_element(By.ID, "file").send_keys(str(key_file))
+        wait(browser, lambda b: "no picture" in text(b, "hint") and not shown("preview"))
+        screenshot(browser, "phone")
+        process.kill()
+        process.wait(30)
+        browser.find_element(By.ID, "search").click()
+        wait(browser, lambda b: "does not answer" in text(b, "message"))
+        wait(browser, lambda b: text(b, "waiting") == "\u2013")
 
 
 def drop(browser, path):

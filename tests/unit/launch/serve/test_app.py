@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import islice
@@ -231,6 +232,74 @@ def test_bad_requests_are_told_what_is_wrong(client, fields, files, status, mess
     assert client.post("/v1/search", files={"image": image(0)}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "subject", ["\u0436/\u65e5\u672c", "e\u0301", "\U0001f600", "../../etc/passwd", "..\\x", "%2e%2e", "'; --", "<b>"]
+)
+def test_any_printable_id_comes_back_as_it_was_and_touches_no_other_file(client, gallery, subject):
+    around = sorted(gallery.directory.parent.iterdir())
+    added = client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": subject})
+    assert added.json()["entry_id"].startswith(f"{subject}/")
+    best = client.post("/v1/search", files={"image": image(9)}, data={"top": "1"}).json()["matches"][0]
+    assert best["subject_id"] == subject
+    assert client.delete("/v1/subjects", params={"subject_id": subject}).json() == {"entries": 1}
+    assert sorted(gallery.directory.parent.iterdir()) == around
+
+
+@pytest.mark.parametrize("subject", ["a\nb", "a\x1b[31m", "\u202eabc", "a\x00", "a\u2028b", "\u200b", "\xa0", " "])
+def test_ids_that_could_forge_a_line_or_hide_are_refused_and_not_logged(client, caplog, subject):
+    caplog.set_level("DEBUG")
+    for answer in (
+        client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": subject}),
+        client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": "x", "entry_id": subject}),
+        client.delete("/v1/subjects", params={"subject_id": subject}),
+    ):
+        assert answer.status_code == 422
+        assert "an id is printable text" in answer.json()["error"]
+    logged = [line.getMessage() for line in caplog.records if line.name.startswith(("launch", "retrieval", "uvicorn"))]
+    assert not [line for line in logged if subject in line]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../app.py",
+        "/..%2fapp.py",
+        "/page.css/../../app.py",
+        "//etc/passwd",
+        "/page.js%00",
+        "/page.js/",
+        "/v1/gallery/",
+    ],
+)
+def test_nothing_but_the_page_is_served_from_disk(client, path):
+    answer = client.get(path, follow_redirects=False)
+    assert answer.status_code == 404
+    assert answer.json() == {"error": "Not Found"}
+
+
+def test_few_images_are_decoded_at_a_time(gallery, monkeypatch):
+    """Each may take 36 MB for a file of a few kB."""
+    lock, now, most = threading.Lock(), 0, 0
+
+    def decode(data, **options):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return face(1)
+
+    monkeypatch.setattr(service_module, "face_from_upload", decode)
+    monkeypatch.setattr(service_module.os, "cpu_count", lambda: 3)
+    service = FaceService(PixelEmbedder(), gallery, ServiceStats())
+    with ThreadPoolExecutor(12) as pool:
+        assert len(list(pool.map(lambda _: service.crop(b"", None), range(24)))) == 24
+    service.close()
+    assert most == 3
+
+
 def test_an_id_that_is_too_long_is_counted_in_characters(client):
     answers = [
         client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": 201 * "x"}),
@@ -259,6 +328,8 @@ def test_without_the_key_only_page_and_health_answer(client, headers):
         assert answer.status_code == 401, path
         assert "access key" in answer.json()["error"]
         assert answer.headers["www-authenticate"] == "Bearer"
+    for name in ("key", "access_token", "Authorization"):  # addresses end up in logs and histories
+        assert bare.get("/v1/gallery", params={name: KEY}).status_code == 401
     assert bare.post("/v1/search", files={"image": image(0)}).status_code == 401
     assert bare.get("/health").json() == {"status": "ok"}
     assert "<title>aroface</title>" in bare.get("/").text

@@ -80,3 +80,29 @@ def test_landmarks_are_five_finite_points():
     for text in ("[]", "x", "[[1,2]]", "[[1,2],[3,4],[5,6],[7,8],[9,NaN]]", '{"a": 1}', "[" * 5000, "[[1e999,0]]"):
         with pytest.raises(DataError, match="left eye, right eye"):
             parse_landmarks(text)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def size_chunk(side):
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"", size_chunk(112), chunk(b"tEXt", struct.pack(">II", 112, 112) + b"x")],
+    ids=["plain", "second-header", "text-that-looks-like-the-size"],
+)
+def test_a_bomb_is_not_unpacked_wherever_its_size_stands(before, monkeypatch):
+    """30,000 pixels a side; all of it would be 2.7 GB."""
+    made = []
+    allocate = cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda *args: made.append(allocate(*args)) or made[-1])
+    pack = zlib.compressobj(1)
+    rows = b"".join(pack.compress(bytes(90_001)) for _ in range(100)) + pack.flush()
+    data = b"\x89PNG\r\n\x1a\n" + before + size_chunk(30_000) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    with pytest.raises(DataError, match=r"the limit is 12,000,000|not an image that can be decoded"):
+        face_from_upload(data, size=112)
+    assert all(pixels is None for pixels in made)
