@@ -5,6 +5,7 @@ Legend: P probes, G gallery entries, S subjects in the gallery, R probes of a bl
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -189,7 +190,7 @@ class _Ranking:
         higher, equal = np.zeros((2, len(mates.scores)), np.int64)
         wanted = ~np.isneginf(mates.scores)
         if not self.with_average_precision:
-            wanted &= np.arange(len(wanted)) == np.repeat(self._best_mates(), sizes)
+            wanted &= np.arange(len(wanted)) == np.repeat(self._best_mates, sizes)
         for place in range(int(sizes.max(initial=0))):
             probe = np.flatnonzero(sizes > place)
             entry = mates.starts[probe] + place
@@ -197,21 +198,27 @@ class _Ranking:
             higher[entry], equal[entry] = self.block.higher_and_equal(mates.rows[probe], mates.scores[entry])
         return higher, equal
 
+    @cached_property
+    def _is_top(self) -> NDArray[np.bool_]:
+        """(n,) whether each mate scores as high as the best one of its probe."""
+        mates = self.mates
+        is_top: NDArray[np.bool_] = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
+        return is_top
+
+    @cached_property
     def _best_mates(self) -> NDArray[np.int64]:
         """(m,) of each mated probe the first mate that scores highest, by its place among all mates."""
         mates = self.mates
         places = np.arange(len(mates.scores))
-        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
-        return -mates.highest(np.where(is_top, -places, -len(places)))
+        return -mates.highest(np.where(self._is_top, -places, -len(places)))
 
     def _counted(
         self, higher: NDArray[np.int64], equal: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(R,) entries of others that score as high as the best mate or higher, and higher; 0 for misses."""
         at_top, above = np.zeros((2, len(self.top)), np.int64)
-        mates, best = self.mates, self._best_mates()
-        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
-        own = np.bincount(np.repeat(np.arange(len(best)), np.diff(mates.starts))[is_top], minlength=len(best))
+        mates, best = self.mates, self._best_mates
+        own = np.bincount(np.repeat(np.arange(len(best)), np.diff(mates.starts))[self._is_top], minlength=len(best))
         above[mates.rows] = higher[best]
         at_top[mates.rows] = np.where(equal[best] > 0, higher[best] + equal[best] - own, 0)
         return at_top, above
@@ -236,9 +243,8 @@ class _Ranking:
     def _last_own(self) -> NDArray[np.int64]:
         """(R,) last place, in the gallery as given, of the mates that score highest."""
         mates = self.mates
-        is_top = mates.scores == np.repeat(self.top[mates.rows], np.diff(mates.starts))
         last = np.full(len(self.top), -1, np.int64)
-        last[mates.rows] = mates.highest(np.where(is_top, self.columns.original[mates.columns], -1))
+        last[mates.rows] = mates.highest(np.where(self._is_top, self.columns.original[mates.columns], -1))
         return last
 
     def _precision(self, reached: NDArray[np.int64]) -> NDArray[np.float64]:

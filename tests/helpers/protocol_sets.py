@@ -146,3 +146,23 @@ def write_survface(folder: Path) -> tuple[list[str], list[int]]:
     savemat(folder / "negative_pairs_names.mat", {"negative_pairs_names": cells([gallery[0], gallery[3]] * 2, 2)})
     keys = [f"{part}/{n}" for part, (listed, _) in of.items() for n in listed] + [f"unmated_probe/{n}" for n in unmated]
     return keys, [int(n.split("_")[0]) for n in gallery + probes] + list(range(20, 28))
+
+
+#: Lines of `write_manifest`: two people in the gallery, three of four probes mated.
+TEMPLATES = [
+    "g1,1,gallery,G,",
+    "g2,2,gallery,G,",
+    "p1,1,probe,,5",
+    "p2,2,probe,,10",
+    "p3,9,probe,,10",
+    "p4,1,probe,,10",
+]
+SAMPLES = ["g1,m,1/a.jpg", "g2,m,2/a.jpg", "p1,m,1/b.jpg", "p1,m,1/c.jpg", "p2,m,2/b.jpg", "p3,m,9/a.jpg"]
+
+
+def write_manifest(folder: Path, templates: list[str], samples: list[str]) -> Path:
+    """A set of the protocol `templates`: lines of its two tables."""
+    folder.mkdir(exist_ok=True)
+    (folder / "templates.csv").write_text("\n".join(["template_id,subject_id,role,gallery_name,distance", *templates]))
+    (folder / "samples.csv").write_text("\n".join(["template_id,media_id,path", *samples]))
+    return folder

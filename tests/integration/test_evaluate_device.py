@@ -13,14 +13,16 @@ from retrieval.embedding_files import write_embeddings
 from retrieval.embeddings import EmbeddingSet
 from retrieval.metrics import device_blocks
 from tests.helpers.protocol_sets import (
+    SAMPLES,
+    TEMPLATES,
     embeddings_of,
     write_ijb,
     write_ijbs,
     write_keyed,
+    write_manifest,
     write_survface,
     write_tinyface,
 )
-from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, write_manifest
 
 Files = tuple[list[str], list[int]]
 
@@ -91,9 +93,11 @@ def test_a_search_on_devices_gives_the_record_of_the_cpu(
     assert len(found["cpu"][1].splitlines()) > 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_device_that_is_not_there_is_named_first(tmp_path: Path, protocol: str, capsys: Any) -> None:
+def test_a_device_that_is_not_there_is_named_first(
+    tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     command = ["evaluate", protocol, *map(str, _command(protocol, tmp_path)), "--out", str(tmp_path / "r.json")]
     (tmp_path / "e.npz").unlink(missing_ok=True)  # nothing was read before
     assert main([*command, "--device", "cuda"]) == 2

@@ -18,8 +18,16 @@ from retrieval.metrics import evaluate_identification
 from retrieval.protocols.pair_sets import read_pair_set
 from retrieval.quality_file import QualityFile
 from tests.helpers.face_folders import write_faces
-from tests.helpers.protocol_sets import embeddings_of, write_ijb, write_keyed, write_tinyface
-from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluate, unit, write_manifest
+from tests.helpers.protocol_sets import (
+    SAMPLES,
+    TEMPLATES,
+    embeddings_of,
+    write_ijb,
+    write_keyed,
+    write_manifest,
+    write_tinyface,
+)
+from tests.integration.test_protocol_commands import evaluate, unit
 
 PEOPLE = 60
 KEYS = [f"p{person}/p{person}_{i:04d}.jpg" for person in range(PEOPLE) for i in (1, 2)]

@@ -10,15 +10,18 @@ from scipy.io import savemat
 from launch.cli import main
 from retrieval.embedding_files import read_embeddings, write_embeddings
 from tests.helpers.protocol_sets import (
+    SAMPLES,
+    TEMPLATES,
     cells,
     embeddings_of,
     write_covariates,
     write_ijb,
     write_ijbs,
     write_keyed,
+    write_manifest,
     write_survface,
 )
-from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluate, unit, write_manifest
+from tests.integration.test_protocol_commands import evaluate, unit
 
 
 @pytest.mark.parametrize(

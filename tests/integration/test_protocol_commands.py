@@ -13,10 +13,13 @@ from retrieval.details import pair_details, write_details
 from retrieval.embedding_files import write_embeddings
 from retrieval.embeddings import EmbeddingSet
 from tests.helpers.protocol_sets import (
+    SAMPLES,
+    TEMPLATES,
     embeddings_of,
     write_ijb,
     write_ijbs,
     write_keyed,
+    write_manifest,
     write_survface,
     write_tinyface,
 )
@@ -198,24 +201,6 @@ def test_scface(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("001\n003\n")
     record = evaluate(tmp_path, "scface", "--embeddings", file, "--subjects", tmp_path / "test.txt", "--resamples", 0)
     assert (record["counts"]["gallery"], record["counts"]["probes"]) == (2, 30)
-
-
-def write_manifest(folder: Path, templates: list[str], samples: list[str]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "templates.csv").write_text("\n".join(["template_id,subject_id,role,gallery_name,distance", *templates]))
-    (folder / "samples.csv").write_text("\n".join(["template_id,media_id,path", *samples]))
-    return folder
-
-
-TEMPLATES = [
-    "g1,1,gallery,G,",
-    "g2,2,gallery,G,",
-    "p1,1,probe,,5",
-    "p2,2,probe,,10",
-    "p3,9,probe,,10",
-    "p4,1,probe,,10",
-]
-SAMPLES = ["g1,m,1/a.jpg", "g2,m,2/a.jpg", "p1,m,1/b.jpg", "p1,m,1/c.jpg", "p2,m,2/b.jpg", "p3,m,9/a.jpg"]
 
 
 def test_templates_from_a_manifest(tmp_path: Path) -> None:

@@ -12,14 +12,17 @@ from retrieval.embeddings import EmbeddingSet
 from retrieval.protocols.ijb import read_ijb_samples
 from shards.faces import ImageFolder
 from tests.helpers.protocol_sets import (
+    SAMPLES,
+    TEMPLATES,
     write_covariates,
     write_ijb,
     write_ijbs,
+    write_manifest,
     write_survface,
     write_tinyface,
 )
 from tests.integration.test_fae_sets import write_images
-from tests.integration.test_protocol_commands import SAMPLES, TEMPLATES, evaluate, write_manifest
+from tests.integration.test_protocol_commands import evaluate
 
 #: Protocol and task.
 PROTOCOLS = ("tinyface", "ijbb", "ijbb 1:N", "ijbc covariates", "ijbs", "survface", "scface", "templates", "calfw")

@@ -15,6 +15,7 @@ from aroface.errors import ConfigError, DataError, ShapeError
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import IndexWish, MilvusGallery, milvus_connection, milvus_source
 from retrieval.gallery.milvus_kinds import Effort, efforts_of, index_of
+from tests.helpers.drawn_vectors import drawn, exact_cosines
 from tests.helpers.milvus_places import MilvusPlace, milvus_place
 
 Array = np.ndarray[Any, Any]
@@ -34,18 +35,6 @@ def _build(place: MilvusPlace, *args: Any, suffix: str = "", **more: Any) -> Mil
 
 def _open(place: MilvusPlace, **more: Any) -> MilvusGallery:
     return MilvusGallery.open(place.uri, collection=place.collection, **more)
-
-
-def _vectors(count: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32) * 7
-
-
-def _scores(enrolled: Array, probe: Array) -> Array:
-    def unit(x: Array) -> Array:
-        wide = x.astype(np.float64)
-        return (wide / np.linalg.norm(wide, axis=-1, keepdims=True)).astype(np.float32)
-
-    return (unit(enrolled).astype(np.float64) * unit(probe)).sum(axis=1).astype(np.float32)
 
 
 @pytest.mark.parametrize("rows", [4, 500, 20_000, 116_458, 10**9])
@@ -111,7 +100,7 @@ def test_recall_is_measured_and_reached(milvus: MilvusPlace, kind: Any, tmp_path
     chosen = np.sort(np.random.default_rng(1).permutation(300)[:150])
     shares = []
     for row, near in zip(chosen, gallery.search(probes[chosen], top=10), strict=True):
-        exact = np.sort(_scores(enrolled, probes[row]))[::-1]
+        exact = np.sort(exact_cosines(enrolled, probes[row]))[::-1]
         shares.append((near[0].score >= exact[0], np.mean([c.score >= exact[9] for c in near])))
     assert np.mean(shares, axis=0).tolist() == pytest.approx([recall.at_1, recall.at_10], abs=1e-9)
     first = "ef 16" if kind == "hnsw" else "nprobe 4"
@@ -126,16 +115,14 @@ def test_recall_is_measured_and_reached(milvus: MilvusPlace, kind: Any, tmp_path
 
 def test_the_search_visits_as_much_as_is_kept(milvus: MilvusPlace) -> None:
     """Points without structure: visiting few clusters finds few."""
-    enrolled = _vectors(4000)
-    wish = IndexWish("ivf", recall=0.1, sample=200, probes=_vectors(200, seed=4))
+    enrolled = drawn(4000)
+    wish = IndexWish("ivf", recall=0.1, sample=200, probes=drawn(200, seed=4))
     few = _build(milvus, enrolled, np.arange(4000), index=wish)
-    many = _build(
-        milvus, enrolled, np.arange(4000), suffix="_m", index=IndexWish("ivf", 1.0, 200, _vectors(200, seed=4))
-    )
+    many = _build(milvus, enrolled, np.arange(4000), suffix="_m", index=IndexWish("ivf", 1.0, 200, drawn(200, seed=4)))
     assert few.info.recall is not None
     assert many.info.recall is not None
     assert few.info.recall.at_1 < 0.97 < many.info.recall.at_1
-    one = few.search_where(_vectors(50, seed=5), 'subject_id in ["7", "8"]', top=2)
+    one = few.search_where(drawn(50, seed=5), 'subject_id in ["7", "8"]', top=2)
     assert all({c.subject_id for c in found} == {"7", "8"} for found in one)  # more is visited where few match
     few.close()
     many.close()
@@ -160,12 +147,12 @@ def _keys(count: int) -> Array:
 
 def test_kinds_that_a_server_does_not_have_are_refused(milvus: MilvusPlace) -> None:
     with pytest.raises(ConfigError, match="index pq is not offered on Milvus; choose from flat, ivf, ivf-sq8,"):
-        _build(milvus, _vectors(4), list("abcd"), index="pq")
+        _build(milvus, drawn(4), list("abcd"), index="pq")
     if milvus.is_lite:
         with pytest.raises(ConfigError, match=r"ivf-pq is not offered by Milvus Lite.*Use a server.*or choose from"):
-            _build(milvus, _vectors(4), list("abcd"), index="ivf-pq")
+            _build(milvus, drawn(4), list("abcd"), index="ivf-pq")
     with pytest.raises(DataError, match="have 8 dimensions"):
-        _build(milvus, _vectors(40), np.arange(40), index=IndexWish("hnsw", probes=_vectors(4)[:, :8]))
+        _build(milvus, drawn(40), np.arange(40), index=IndexWish("hnsw", probes=drawn(4)[:, :8]))
     with pytest.raises(DataError, match="There is no collection"):
         _open(milvus)
 
@@ -203,7 +190,7 @@ def test_servers_that_are_too_old_are_told(monkeypatch: pytest.MonkeyPatch, vers
 
 
 def test_long_answers_are_fetched_in_pieces(milvus: MilvusPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    enrolled, probes = _vectors(60), _vectors(9, seed=1)
+    enrolled, probes = drawn(60), drawn(9, seed=1)
     gallery = _build(milvus, enrolled, np.arange(60))
     whole = gallery.search(probes, top=20)
     asked: list[int] = []
@@ -221,20 +208,20 @@ def test_long_answers_are_fetched_in_pieces(milvus: MilvusPlace, monkeypatch: py
 
 
 def test_one_search_counts_the_entries_once(milvus: MilvusPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    gallery = _build(milvus, _vectors(30), np.arange(30), model_id="m1")
+    gallery = _build(milvus, drawn(30), np.arange(30), model_id="m1")
     counts: list[str] = []
     query = gallery._client.query
     monkeypatch.setattr(
         gallery._client, "query", lambda *args, **more: counts.append(more["filter"]) or query(*args, **more)
     )
-    found = gallery.search(_vectors(2, seed=1), top=3, model_id="m1")
+    found = gallery.search(drawn(2, seed=1), top=3, model_id="m1")
     assert [gallery.fpir_of(c.score, "entry") for near in found for c in near] == [None] * 6
     assert counts == [""]
     gallery.close()
 
 
 def test_a_collection_is_replaced_by_a_whole_one_only(milvus: MilvusPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _build(milvus, _vectors(4), list("abcd"))
+    first = _build(milvus, drawn(4), list("abcd"))
     first.close()
     refusals: list[tuple[Any, str]] = [
         (["q", "q"], "occur more than once"),
@@ -243,7 +230,7 @@ def test_a_collection_is_replaced_by_a_whole_one_only(milvus: MilvusPlace, monke
     ]
     for names, message in refusals:
         with pytest.raises((DataError, ShapeError), match=message):
-            _build(milvus, _vectors(2), ["e", "f"], names, replace=True)
+            _build(milvus, drawn(2), ["e", "f"], names, replace=True)
 
     def fail(*_: Any) -> None:
         raise ConnectionError
@@ -251,12 +238,12 @@ def test_a_collection_is_replaced_by_a_whole_one_only(milvus: MilvusPlace, monke
     with monkeypatch.context() as patched:
         patched.setattr(MilvusGallery, "add", fail)
         with pytest.raises(ConnectionError):
-            _build(milvus, _vectors(2), ["e", "f"], replace=True)
+            _build(milvus, drawn(2), ["e", "f"], replace=True)
     left = _open(milvus)
-    assert {c.subject_id for c in left.search(_vectors(1), top=9)[0]} == set("abcd")
+    assert {c.subject_id for c in left.search(drawn(1), top=9)[0]} == set("abcd")
     left.close()
-    new = _build(milvus, _vectors(2)[:, :8], ["e", "f"], replace=True)
-    assert {c.subject_id for c in new.search(_vectors(1)[:, :8], top=9)[0]} == {"e", "f"}
+    new = _build(milvus, drawn(2)[:, :8], ["e", "f"], replace=True)
+    assert {c.subject_id for c in new.search(drawn(1)[:, :8], top=9)[0]} == {"e", "f"}
     assert [name for name in new._client.list_collections() if name.startswith(milvus.collection)] == [
         milvus.collection
     ]
@@ -265,15 +252,15 @@ def test_a_collection_is_replaced_by_a_whole_one_only(milvus: MilvusPlace, monke
 
 @pytest.mark.parametrize("index", ["ivf", "ivf-sq8", "hnsw"])
 def test_milvus_kinds_filters_and_what_is_kept(milvus: MilvusPlace, index: Any) -> None:
-    enrolled, subjects = _vectors(300), [f"dept-{row % 3}/{row}" for row in range(300)]
+    enrolled, subjects = drawn(300), [f"dept-{row % 3}/{row}" for row in range(300)]
     gallery = _build(milvus, enrolled, subjects, index=index, consistency="Bounded", model_id="m1")
-    gallery.calibrate(EmbeddingSet(_vectors(100, seed=8), np.arange(1000, 1100)), [0.1])
+    gallery.calibrate(EmbeddingSet(drawn(100, seed=8), np.arange(1000, 1100)), [0.1])
     thresholds = gallery.info.calibration
     gallery.close()
     gallery = _open(milvus, consistency="Session")
     assert (gallery.info.index, gallery.info.model_id, gallery.info.calibration) == (index, "m1", thresholds)
     assert [point.non_mated for point in thresholds] == [100]
-    probes = enrolled[:20] + _vectors(20, seed=3) / 4
+    probes = enrolled[:20] + drawn(20, seed=3) / 4
     own = [row for row in range(300) if row % 3 == 1]
     for row, (anyone, there) in enumerate(
         zip(
@@ -282,7 +269,7 @@ def test_milvus_kinds_filters_and_what_is_kept(milvus: MilvusPlace, index: Any) 
             strict=True,
         )
     ):
-        scores = _scores(enrolled, probes[row])
+        scores = exact_cosines(enrolled, probes[row])
         assert (anyone[0].entry_id, anyone[0].score) == (str(row), scores[row])
         assert all(int(c.entry_id) in own and c.score == scores[int(c.entry_id)] for c in there)
         assert len(there) == 3
@@ -293,8 +280,8 @@ def test_milvus_kinds_filters_and_what_is_kept(milvus: MilvusPlace, index: Any) 
 
 
 def test_milvus_filters_are_checked_as_other_searches_are(milvus: MilvusPlace) -> None:
-    gallery = _build(milvus, _vectors(30), np.arange(30) // 3, model_id="m1", contract=RGB)
-    probes = _vectors(2, seed=1)
+    gallery = _build(milvus, drawn(30), np.arange(30) // 3, model_id="m1", contract=RGB)
+    probes = drawn(2, seed=1)
     assert gallery.search_where(probes, 'subject_id == "nobody"', top=3) == [[], []]
     assert gallery.search_where(probes, "", top=3) == gallery.search(probes, top=3)
     anyone = gallery.search(probes[0], top=30)[0]
@@ -323,7 +310,7 @@ def test_milvus_filters_are_checked_as_other_searches_are(milvus: MilvusPlace) -
 
 
 def test_a_collection_is_built_part_by_part(milvus: MilvusPlace) -> None:
-    vectors = _vectors(30)
+    vectors = drawn(30)
     fte = np.arange(30) == 4
     sets = [
         EmbeddingSet(vectors[part], np.arange(30)[part], fte=fte[part])
@@ -339,7 +326,7 @@ def test_a_collection_is_built_part_by_part(milvus: MilvusPlace) -> None:
     gallery = MilvusGallery.build_from(milvus.uri, one_by_one(), collection=milvus.collection, model_id="m1")
     assert seen == [0, 1, 2]
     whole = _build(milvus, vectors[~fte], np.arange(30)[~fte], suffix="_whole")
-    probes = _vectors(3, seed=2)
+    probes = drawn(3, seed=2)
     assert gallery.search(probes, top=29) == whole.search(probes, top=29)
     assert (len(gallery), gallery.info.model_id) == (29, "m1")
 
