@@ -3,11 +3,13 @@
 import traceback
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import aroface
 from aroface import augment
 from aroface.engine import deepspeed_engine
 from aroface.engine.trainer import Trainer
@@ -15,6 +17,8 @@ from aroface.models.prelu import PReLU
 from tests.helpers.training import ADAFACE, train
 
 aten = torch.ops.aten
+#: Folders of the packages: a checkout may itself lie in a folder named aroface.
+_WATCHED = tuple(f"{Path(package.__file__).parent}/" for package in (aroface, deepspeed))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -160,9 +164,7 @@ class Asked(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self):
-        frames = [
-            f.filename for f in traceback.extract_stack() if "/aroface/" in f.filename or "/deepspeed/" in f.filename
-        ]
+        frames = [f.filename for f in traceback.extract_stack() if f.filename.startswith(_WATCHED)]
         place = Path(frames[-1]).name if frames else "elsewhere"
         if place != "prefetch.py":  # batches are made on the host
             self.places.append(place)
