@@ -21,7 +21,7 @@ from aroface.config.schema import TrainConfig
 from aroface.distributed import all_reduce, limit_waiting
 from aroface.engine.compiled import compile_in_place
 from aroface.engine.deepspeed_settings import deepspeed_settings
-from aroface.engine.graphed import GraphedPasses, has_graphs
+from aroface.engine.graphed import GraphedBackbone, GraphedPasses, has_graphs
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ConfigError
 from aroface.models.norm import fuse_norms
@@ -132,7 +132,11 @@ class BackboneEngine:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
-        model = _Autocast(self._backbone, self._device_type) if self._precision == "fp16" else self._backbone
+        model = self._backbone
+        if self.graphed is not None:
+            model = GraphedBackbone(model, self.graphed)
+        elif self._precision == "fp16":
+            model = _Autocast(model, self._device_type)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )

@@ -84,7 +84,7 @@ def _check_compile(config: TrainConfig) -> None:
 
 
 def _check_graphs(config: TrainConfig) -> None:
-    engine, alignment = config.engine, config.alignment
+    engine = config.engine
     if not engine.cuda_graphs:
         return
     for stands, what, do in (
@@ -101,15 +101,6 @@ def _check_graphs(config: TrainConfig) -> None:
             raise ConfigError(
                 f"engine.cuda_graphs: true does not go with {what} inside a pass; {do}, or engine.cuda_graphs: false."
             )
-    if alignment.kind in ("none", "random", "delayed") and not _has_clean_pass(config):
-        raise ConfigError(
-            f"engine.cuda_graphs: true has no effect with alignment.kind = {alignment.kind}, which makes no pass "
-            "beside the main one; set it to false, or use adversarial, elastic or best_of."
-        )
-
-
-def _has_clean_pass(config: TrainConfig) -> bool:
-    return config.alignment.kind != "none" and config.alignment.consistency_weight > 0
 
 
 def _checked_zero(value: Any) -> Mapping[str, Any]:

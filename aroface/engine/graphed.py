@@ -1,33 +1,35 @@
-"""CUDA graphs of the passes beside the main one: one launch instead of thousands.
+"""CUDA graphs of the passes through the backbone: one launch instead of thousands.
 
-The attack sends a small part of the batch through the backbone and back, about two thousand kernels for an R100, and
-Python takes longer to launch them than a fast GPU takes to run them. A graph holds the launches of a pass: it is
-recorded once, at the one shape that the pass has, and replayed from then on; the numbers are those of the pass.
+An R100 takes about two thousand kernels forward and back, and Python takes longer to launch them than a fast GPU takes
+to run them, most of all in the attack, whose batch is small. A graph holds the launches of a pass: it is recorded once,
+at the one shape that the pass has, and replayed from then on; the numbers are those of the pass.
 
-Which passes: the attack, which wants the gradient of its images alone, and those that want none, the corners of
-`best_of` and the clean embeddings of a consistency loss. None of them forms a gradient of a weight, and while one is
-recorded the weights are constants, so that its graph has no part that adds to `.grad`. Such a part belongs to the
-stream on which DeepSpeed's hooks first saw the weight, which a recording must not touch, and keeps the tensor that it
-is first given, which the next replay overwrites. The main pass therefore runs as it is; its batch keeps a GPU busy.
+Which passes: the main one, the attack, which wants the gradient of its images alone, and those that want none, the
+corners of `best_of` and the clean embeddings of a consistency loss. No part of a graph may add to a weight's `.grad`:
+such a part belongs to the stream on which DeepSpeed's hooks first saw the weight, which a recording must not touch, and
+keeps the tensor that it is first given, which the next replay overwrites. So weights are constants while a pass beside
+the main one is recorded, and in the main one other tensors over the same memory stand in for them. Their gradients are
+handed out as copies when a replay has ended; all of them then reach `.grad`, and DeepSpeed, at one time.
 """
 
 import gc
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from aroface.distributed import any_rank
 from aroface.engine.compiled import untouched
 
-__all__ = ["GraphedPasses", "has_graphs"]
+__all__ = ["GraphedBackbone", "GraphedPasses", "has_graphs"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,43 +42,54 @@ def has_graphs(device_type: str) -> bool:
     return device_type == "cuda"
 
 
+class _Wanted(NamedTuple):
+    """What a backward pass has to form."""
+
+    images: bool
+    weights: bool
+
+
 @dataclass(frozen=True)
 class _Graph:
     """A graph, and the memory in which it finds its input and leaves its output."""
 
     graph: torch.cuda.CUDAGraph
     given: Tensor
-    found: Tensor
+    found: tuple[Tensor, ...]
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def __call__(self, value: Tensor) -> list[Tensor]:
         self.given.copy_(value)
         self.graph.replay()
-        return self.found.clone()
+        return [found.clone() for found in self.found]
 
 
 @dataclass(frozen=True)
 class _Recorded:
     """A pass."""
 
+    wanted: _Wanted
     forward: _Graph  #: images to embeddings
-    backward: _Graph | None  #: gradient of the embeddings to that of the images; None where none is wanted
+    #: Gradient of the embeddings to that of the images and, one after the other in one tensor, of the trained weights,
+    #: as far as they are wanted; None where neither is.
+    backward: _Graph | None
     addresses: tuple[int, ...]  #: of the weights and statistics that the graphs read and write
 
 
 class GraphedPasses:
-    """Passes through a backbone that form no gradient of a weight, replayed from graphs.
+    """Passes through a backbone, replayed from graphs.
 
-    A kind of pass is known by shape, gradient and state of the batch norms. It is recorded when it is first seen, which
-    leaves no trace in statistics, random numbers and weights. If weights or statistics are found in other memory than
-    they were recorded in, all recordings are thrown away. A pass that draws random numbers runs as it is, and so does
-    everything after a recording has failed.
+    A kind of pass is known by shape, gradients and state of the batch norms. It is recorded when it is first seen,
+    which leaves no trace in statistics, random numbers and weights. If weights or statistics are found in other memory
+    than they were recorded in, all recordings are thrown away. A pass that draws random numbers runs as it is, and so
+    does everything after a recording has failed.
 
     What is handed out, embeddings and gradients, are copies. All recordings share one pool of memory, which keeps the
     activations of the largest kind for the whole run, and a backward pass has to be the next thing after its forward
     pass, for any other pass would overwrite what it needs; it is refused otherwise, and so is a second one.
 
     Args:
-        backbone: on a GPU; no collectives inside, no activation checkpointing, weights that stay where they are.
+        backbone: on a GPU; no collectives inside, no activation checkpointing, weights that stay where they are, each
+            of which takes part in the embeddings.
         autocast: precision of the passes, without autocast's cache, whose tensors a graph would not compute again.
     """
 
@@ -84,19 +97,28 @@ class GraphedPasses:
         self._backbone, self._autocast = backbone, autocast
         self._norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
         self._drawing = [module for module in backbone.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+        self._trained = {name: weight for name, weight in backbone.named_parameters() if weight.requires_grad}
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: Any = None
         self._turn = 0
         self._is_used = True
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Embeddings of (B, 3, S, S); with gradients switched on and wanted for the images, theirs follow."""
-        if not self._is_used or any(module.training for module in self._drawing):
-            return self._run(images)
-        recorded = self._find(images)
+    def __call__(self, images: Tensor, *, is_main: bool = False) -> Tensor:
+        """Embeddings of (B, 3, S, S).
+
+        Args:
+            images: with gradients switched on and wanted for them, theirs follow.
+            is_main: with gradients switched on, those of the trained weights follow; otherwise weights are constants.
+        """
+        recorded = None
+        if self._is_used and not any(module.training for module in self._drawing):
+            has_gradients = torch.is_grad_enabled()
+            of_weights = has_gradients and is_main and bool(self._trained)
+            recorded = self._find(images, _Wanted(has_gradients and images.requires_grad, of_weights))
         if recorded is None:
             return self._run(images)
-        embeddings: Tensor = _Replay.apply(images, recorded, self)  # type: ignore[no-untyped-call]
+        weights = self._trained.values() if recorded.wanted.weights else ()
+        embeddings: Tensor = _Replay.apply(images, recorded, self, *weights)  # type: ignore[no-untyped-call]
         return embeddings
 
     def settle(self, *, is_told: bool) -> None:
@@ -126,30 +148,31 @@ class GraphedPasses:
         """Whether no other pass was replayed since."""
         return turn == self._turn
 
-    def _run(self, images: Tensor) -> Tensor:
-        # Not by a call, whose hooks belong to DeepSpeed: it would note the beginning of a step, and wait for the GPU.
+    def _run(self, images: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        # A pass beside the main one goes past the module's hooks, which belong to DeepSpeed.
         with self._autocast():
-            embeddings: Tensor = self._backbone.forward(images)
+            embeddings: Tensor = (
+                functional_call(self._backbone, weights, (images,)) if weights else self._backbone.forward(images)
+            )
         return embeddings
 
-    def _find(self, images: Tensor) -> _Recorded | None:
+    def _find(self, images: Tensor, wanted: _Wanted) -> _Recorded | None:
         """The recording of such a pass, made if need be; None where that fails."""
-        has_gradient = torch.is_grad_enabled() and images.requires_grad
         norms = tuple((norm.training, norm.track_running_stats) for norm in self._norms)
-        kind = (images.shape, images.dtype, has_gradient, self._backbone.training, norms)
+        kind = (images.shape, images.dtype, wanted, self._backbone.training, norms)
         recorded, addresses = self._recorded.get(kind), self._addresses()
         if recorded is not None and recorded.addresses == addresses:
             return recorded
         if recorded is not None:
             self._forget()
         try:
-            recorded = self._recorded[kind] = self._record(images.detach(), has_gradient, addresses)
+            recorded = self._recorded[kind] = self._record(images.detach(), wanted, addresses)
         except Exception as error:  # CUDA, its libraries and Triton raise of every kind
             pool = self._pool
             self._give_up()
             _recover(pool, images.device)
             logger.warning(
-                "Passes beside the main one could not be recorded and run as they are, slower: %s: %s. "
+                "Passes could not be recorded as CUDA graphs and run as they are, slower: %s: %s. "
                 "engine.cuda_graphs: false silences this.",
                 type(error).__name__,
                 " ".join(str(error).split())[:300],
@@ -168,7 +191,7 @@ class GraphedPasses:
     def _addresses(self) -> tuple[int, ...]:
         return tuple(t.data_ptr() for t in chain(self._backbone.parameters(), self._backbone.buffers()))
 
-    def _record(self, like: Tensor, has_gradient: bool, addresses: tuple[int, ...]) -> _Recorded:
+    def _record(self, like: Tensor, wanted: _Wanted, addresses: tuple[int, ...]) -> _Recorded:
         """Record a pass over images such as these.
 
         By hand, because `torch.cuda.make_graphed_callables` hands out the graph's own memory as gradients and lets no
@@ -176,49 +199,87 @@ class GraphedPasses:
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        images = torch.empty_like(like).copy_(like).requires_grad_(has_gradient)
-        gc.collect()  # what dies while a graph is recorded would be freed into it
+        images = torch.empty_like(like).copy_(like).requires_grad_(wanted.images)
         stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
         # The outer block puts the stream back that a recording leaves behind when it fails.
-        with untouched(self._backbone), _constant(self._backbone), torch.cuda.stream(stream):
+        with untouched(self._backbone), _constant(self._trained.values()), torch.cuda.stream(stream):
+            weights = {}
+            if wanted.weights:
+                weights = {name: weight.detach().requires_grad_() for name, weight in self._trained.items()}
             torch.cuda.synchronize()
             for _ in range(_REHEARSALS):
-                self._rehearse(images, has_gradient)
+                self._rehearse(images, weights)
             torch.cuda.synchronize()
+            gc.collect()  # what dies while a graph is recorded would be freed into it
             graph, way_back = torch.cuda.CUDAGraph(), None
             with self._recording(graph, stream):
-                embeddings = self._run(images)
-            forward = _Graph(graph, images, embeddings.detach())
-            if has_gradient:
+                embeddings = self._run(images, weights)
+            forward = _Graph(graph, images, (embeddings.detach(),))
+            if any(wanted):
                 graph, upstream = torch.cuda.CUDAGraph(), torch.empty_like(embeddings)
                 with self._recording(graph, stream):
-                    (gradient,) = torch.autograd.grad(embeddings, images, upstream)
-                way_back = _Graph(graph, upstream, gradient)
+                    gradients = _gradients(embeddings, upstream, images, weights)
+                way_back = _Graph(graph, upstream, gradients)
             torch.cuda.synchronize()
-        return _Recorded(forward, way_back, addresses)
+        return _Recorded(wanted, forward, way_back, addresses)
 
-    def _rehearse(self, images: Tensor, has_gradient: bool) -> None:
-        embeddings = self._run(images)
-        if has_gradient:
-            torch.autograd.grad(embeddings, images, torch.ones_like(embeddings))
+    def _rehearse(self, images: Tensor, weights: dict[str, Tensor]) -> None:
+        embeddings = self._run(images, weights)
+        if embeddings.requires_grad:
+            _gradients(embeddings, torch.ones_like(embeddings), images, weights)
 
     def _recording(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
         return torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
 
+    def gradients_of(self, recorded: _Recorded, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the images, None if not wanted, and of the trained weights if they are."""
+        assert recorded.backward is not None  # noqa: S101 - autograd asks only for what is wanted
+        found = recorded.backward(upstream)
+        images = found.pop(0) if recorded.wanted.images else None
+        if not found:
+            return (images,)
+        trained = self._trained.values()
+        parts = torch.split(found.pop(), [weight.numel() for weight in trained])
+        return images, *(part.view_as(weight) for part, weight in zip(parts, trained, strict=True))
+
+
+class GraphedBackbone(nn.Module):
+    """What DeepSpeed trains: the main pass of a backbone, replayed from a graph where it can be."""
+
+    def __init__(self, backbone: nn.Module, passes: GraphedPasses) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._passes = passes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings of (B, 3, S, S)."""
+        with torch.autocast(images.device.type, enabled=False):  # DeepSpeed's, which caches weights; the passes' own
+            return self._passes(images, is_main=True)
+
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, images: Tensor, recorded: _Recorded, passes: GraphedPasses) -> Tensor:
+    def forward(ctx: Any, images: Tensor, recorded: _Recorded, passes: GraphedPasses, *weights: Tensor) -> Tensor:
         ctx.recorded, ctx.passes, ctx.turn = recorded, passes, passes.take_turn()
-        return recorded.forward(images)
+        (embeddings,) = recorded.forward(images)
+        return embeddings
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.passes.is_turn(ctx.turn):
             raise RuntimeError("a replayed pass needs its backward pass before any other pass, and once")
         ctx.passes.take_turn()
-        return ctx.recorded.backward(upstream), None, None
+        images, *weights = ctx.passes.gradients_of(ctx.recorded, upstream)
+        return images, None, None, *weights
+
+
+def _gradients(embeddings: Tensor, upstream: Tensor, images: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Of the images and of the weights, these in one tensor, as far as they are wanted."""
+    of = ([images] if images.requires_grad else []) + list(weights.values())
+    found = list(torch.autograd.grad(embeddings, of, upstream))
+    of_images = (found.pop(0),) if images.requires_grad else ()
+    return (*of_images, torch.cat([gradient.flatten() for gradient in found])) if found else of_images
 
 
 def _recover(pool: Any, device: torch.device) -> None:
@@ -235,9 +296,8 @@ def _recover(pool: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def _constant(module: nn.Module) -> Iterator[None]:
+def _constant(trained: Collection[Tensor]) -> Iterator[None]:
     """No weight has a gradient inside."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
