@@ -22,6 +22,7 @@ from aroface.distributed import all_reduce, limit_waiting
 from aroface.engine.compiled import compile_in_place
 from aroface.engine.deepspeed_settings import deepspeed_settings
 from aroface.engine.graphed import GraphedBackbone, GraphedPasses, has_graphs
+from aroface.engine.joint_update import Gate
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ConfigError
 from aroface.models.norm import fuse_norms
@@ -36,6 +37,9 @@ class _RestingSGD(torch.optim.SGD):
     """SGD that can be told to leave everything as it is while DeepSpeed goes through the motions of a step."""
 
     is_resting = False
+    #: Looked at by the fused kernel, where they are set: 1 changes nothing, and the divisor of the gradients.
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -235,10 +239,11 @@ class BackboneEngine:
         groups = self._engine.optimizer.averaged_gradients.values()
         return [part for group in groups if group is not None for part in group]
 
-    def step(self, lr: float) -> None:
-        """Update at the accumulation boundary; between boundaries only count."""
+    def step(self, lr: float, gate: Gate | None = None) -> None:
+        """Update at the accumulation boundary, unless the gate is shut; between boundaries only count."""
         for group in self._sgd.param_groups:
             group["lr"] = lr
+        self._sgd.found_inf, self._sgd.grad_scale = gate or (None, None)
         self._engine.step()
 
     def skip(self) -> None:

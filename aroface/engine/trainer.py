@@ -21,6 +21,7 @@ from aroface.distributed import (
     rank,
     world_size,
 )
+from aroface.engine.applied import AppliedStep
 from aroface.engine.best import Best, write_best
 from aroface.engine.checkpoint import (
     RunPosition,
@@ -34,7 +35,7 @@ from aroface.engine.checkpoint_layout import STATE_FILE, list_checkpoints, read_
 from aroface.engine.compiled import warm_up
 from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
 from aroface.engine.evaluation import PeriodicEvaluation
-from aroface.engine.joint_update import JointUpdate, NonFiniteError
+from aroface.engine.joint_update import JointUpdate, StepReport
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
 from aroface.engine.peers import LostRanksError, lost_while_training, start_up_faults
 from aroface.engine.prefetch import on_device
@@ -44,7 +45,7 @@ from aroface.engine.schedule import accumulation_steps, learning_rate, total_ste
 from aroface.engine.seeding import derive_seed
 from aroface.engine.task import FaceTask, contract_of
 from aroface.engine.watchdog import Watchdog
-from aroface.errors import ArofaceError, CheckpointError
+from aroface.errors import CheckpointError
 from aroface.files import writing
 from aroface.heads import HeadSGD, build_head
 from aroface.inference import TorchEmbedder, TrainedModel
@@ -126,6 +127,7 @@ class Trainer:
         )
         barrier()  # every rank has looked at the run directory before rank 0 writes there
         self._stop_requested = False
+        self._unsettled: tuple[AppliedStep, StepReport] | None = None
 
     def _build(self, directory: Path | None) -> None:
         config = self.config
@@ -181,7 +183,8 @@ class Trainer:
         """One whole step, as large as those of the training, and every evaluation; keeps nothing; returns the loss."""
         meter = Meter()
         self._engine.train()
-        lr, grad_norm = self._step(self._batches(self._accumulation), meter)
+        lr = self._step(self._batches(self._accumulation), meter)
+        grad_norm = self._settle()
         if self._evaluation:
             self._evaluation.run(self._embedder(), step=0, samples=0)
         return meter.line(step=1, samples=0, lr=lr, grad_norm=grad_norm).loss
@@ -263,10 +266,11 @@ class Trainer:
         batches = self._batches(remaining * self._accumulation)
         meter, last_loss, saved, stop = Meter(), None, self.position.step, False
         while self.position.step < self.total_steps and not stop:
-            lr, grad_norm = self._step(batches, meter)
+            lr = self._step(batches, meter)
             self._watchdog.beat()
             step, is_last = self.position.step, self.position.step == self.total_steps
             if step % config.log.every_steps == 0 or is_last:
+                grad_norm = self._settle()
                 line = meter.line(step=step, samples=self.position.samples_seen, lr=lr, grad_norm=grad_norm)
                 last_loss = line.loss
                 if log:
@@ -285,11 +289,11 @@ class Trainer:
             logger.info("Stopped by a signal after step %d; saved. The same command continues the run.", saved)
         return TrainingResult(self.position, self.total_steps, last_loss, was_interrupted=saved < self.total_steps)
 
-    def _step(self, batches: Iterator[Batch], meter: Meter) -> tuple[float, float]:
-        """One optimiser step; returns its learning rate and gradient norm."""
+    def _step(self, batches: Iterator[Batch], meter: Meter) -> float:
+        """One optimiser step; returns its learning rate."""
         step = self.position.step
         lr = learning_rate(self.config, step, num_samples=self._data.num_samples)
-        losses, wait_s, attack_s, samples, grad_norm = [], 0.0, 0.0, [], math.nan
+        losses, wait_s, attack_s, samples = [], 0.0, 0.0, []
         for micro in range(self._accumulation):
             started = time.perf_counter()
             batch = next(batches)
@@ -300,36 +304,37 @@ class Trainer:
             losses.append(output.loss.detach())
             self._engine.backward(output.loss)
             if self._engine.is_boundary():
-                grad_norm = self._apply(torch.stack(losses), lr, torch.cat(samples))
+                self._apply(torch.stack(losses), lr, torch.cat(samples))
             else:
                 self._engine.step(lr)
         self.position = RunPosition(step + 1, self.position.samples_seen + self.config.batch.global_batch)
         meter.add(
             loss=torch.stack(losses).mean(), images=self.config.batch.global_batch, wait_s=wait_s, attack_s=attack_s
         )
-        return lr, grad_norm
+        return lr
 
-    def _apply(self, losses: torch.Tensor, lr: float, samples: torch.Tensor) -> float:
-        """Check on all ranks, then change the weights; returns the norm of the gradient."""
-        try:
+    def _apply(self, losses: torch.Tensor, lr: float, samples: torch.Tensor) -> None:
+        """Change the weights, unless something is not finite on some rank, which `_settle` tells.
+
+        The step before is settled first, when this one has been asked of the device: the host is one step ahead.
+        """
+        self._settle()
+        applied = AppliedStep(self.position.step + 1, losses, samples, self._data.describe)
+        with applied.faults():
             report = self._update(losses, lr)
-        except NonFiniteError as error:
-            raise self._non_finite(str(error), losses, samples) from error
         if report.was_skipped:
             scale = self._engine.scaler.scale
-            logger.info(
-                "Step %d: the fp16 gradient overflowed; skipped, loss scale now %g.", self.position.step + 1, scale
-            )
-        return report.grad_norm
+            logger.info("Step %d: the fp16 gradient overflowed; skipped, loss scale now %g.", applied.number, scale)
+        self._unsettled = applied, report
 
-    def _non_finite(self, what: str, losses: torch.Tensor, samples: torch.Tensor) -> ArofaceError:
-        names = ", ".join(self._data.describe(sample) for sample in samples[:8].tolist())
-        return ArofaceError(
-            f"Step {self.position.step + 1}: the {what} is not finite (loss {float(losses.mean()):.4g} on rank "
-            f"{self._rank}). Nothing was updated; the newest checkpoint is good. The batch of this rank begins with "
-            f"{names}. Look at these images, lower optim.lr_per_1024, lengthen schedule.warmup_epochs, or set "
-            "engine.precision: fp32."
-        )
+    def _settle(self) -> float:
+        """Wait until the last step has been decided on; returns the norm of its gradient."""
+        if self._unsettled is None:
+            return math.nan
+        applied, report = self._unsettled
+        with applied.faults():
+            report.check()
+        return report.grad_norm
 
     def _batches(self, count: int) -> Iterator[Batch]:
         batches = self._data.batches(
@@ -347,6 +352,7 @@ class Trainer:
         evaluation, step = self._evaluation, self.position.step
         if evaluation is None or not evaluation.is_due(step, is_last=is_last):
             return False
+        self._settle()
         lines = evaluation.run(
             self._embedder(), step=step, samples=self.position.samples_seen, on_progress=self._watchdog.beat
         )
@@ -368,6 +374,7 @@ class Trainer:
         return TorchEmbedder(model, batch_size=config.evaluate.batch_size, device=str(self.device))
 
     def _save(self) -> None:
+        self._settle()
         snapshot = take_snapshot(
             self.position,
             config=self.config,

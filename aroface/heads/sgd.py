@@ -24,22 +24,36 @@ class HeadSGD:
         self.momentum_buffer: Tensor = torch.zeros_like(head.weight)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Apply the accumulated gradient and clear it."""
+    def step(self, lr: float, *, is_shut: Tensor | None = None, divisor: Tensor | None = None) -> None:
+        """Apply the accumulated gradient and clear it.
+
+        Args:
+            lr: learning rate.
+            is_shut: 1 on the device: change nothing.
+            divisor: of the gradient, on the device. Both are float32 scalars that the host need not know.
+        """
         weight, values = self._head.weight, self._head.gradient()
         if values is None or weight.grad is None:
             return
         if not weight.grad.is_sparse:
-            self._move(weight, values, self.momentum_buffer, lr)
+            self._move(weight, values, self.momentum_buffer, lr, is_shut, divisor)
         else:
             rows = weight.grad.indices()[0]
             moved, momenta = weight[rows], self.momentum_buffer[rows]
-            self._move(moved, values, momenta, lr)
+            self._move(moved, values, momenta, lr, is_shut, divisor)
             weight.index_copy_(0, rows, moved)
             self.momentum_buffer.index_copy_(0, rows, momenta)
         self.clear()
 
-    def _move(self, weights: Tensor, gradients: Tensor, momenta: Tensor, lr: float) -> None:
+    def _move(
+        self,
+        weights: Tensor,
+        gradients: Tensor,
+        momenta: Tensor,
+        lr: float,
+        is_shut: Tensor | None,
+        divisor: Tensor | None,
+    ) -> None:
         """In place, in one pass over the three."""
         sgd(
             [weights],
@@ -52,6 +66,8 @@ class HeadSGD:
             nesterov=False,
             maximize=False,
             fused=True,
+            found_inf=is_shut,
+            grad_scale=divisor,
         )
 
     def clear(self) -> None:

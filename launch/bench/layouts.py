@@ -35,7 +35,9 @@ def compare_layouts(args: argparse.Namespace) -> int:
     column = 1 if device.type == "cpu" else 0
     unit = "CPU-ms per image" if column else "ms per image"
     for name, measurement in found.items():
-        report.add(f"{name}, step", 1000 * statistics.median(r[column] for r in measurement.rounds) / args.batch, unit)
+        report.add(
+            f"{name}, step", 1000 * statistics.median(r[column] for r in measurement.rounds) / measurement.items, unit
+        )
     for name in names[1:]:
         pairs = zip(found[_USUAL].rounds, found[name].rounds, strict=True)
         ratio = statistics.median(usual[column] / max(ours[column], 1e-9) for usual, ours in pairs)

@@ -1,6 +1,7 @@
 """Fast paths of a training step beside their plain twins, and what a step asks of the host."""
 
 import traceback
+import weakref
 from pathlib import Path
 
 import deepspeed
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import aroface
 from aroface import augment
 from aroface.engine import deepspeed_engine
+from aroface.engine.later import Later
 from aroface.engine.trainer import Trainer
 from aroface.models.prelu import PReLU
 from tests.helpers.training import ADAFACE, train
@@ -32,6 +34,15 @@ def test_the_fused_optimiser_is_the_plain_one(tmp_path, monkeypatch, stage):
         def __init__(self, parameters, **options):
             kinds.append(options.pop("fused"))
             super().__init__(parameters, **options, fused=False, foreach=False)
+
+        def step(self, closure=None):
+            gate = self.found_inf, self.grad_scale
+            assert float(gate[0]) == 0
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= gate[1]
+            self.found_inf = self.grad_scale = None
+            super().step(closure)
 
     monkeypatch.setattr(deepspeed_engine, "_RestingSGD", Plain)
     plain = train(tmp_path / "plain", *settings)
@@ -62,22 +73,24 @@ EVERYTHING = "data.augment={flip: 0.5, crop: 0.5, low_resolution: 0.9, photometr
     ],
     ids=lambda settings: settings[0][11:],
 )
-def test_a_step_asks_the_host_once(tmp_path, monkeypatch, settings):
-    """Between log lines the host waits for the device once a step: for the check that stops before the update."""
+def test_a_step_asks_the_host_nothing(tmp_path, monkeypatch, settings):
+    """Between log lines the host waits for the step before alone; in fp16 for this one, whose scale the next needs."""
     as_on_a_gpu(monkeypatch)
     asked = Asked(monkeypatch)
     step = Trainer._step
 
     def watched(trainer, *args):
+        asked.step = trainer.position.step
         if trainer.position.step == 0:  # DeepSpeed sets itself up
             return step(trainer, *args)
         with asked:
             return step(trainer, *args)
 
     monkeypatch.setattr(Trainer, "_step", watched)
-    train(tmp_path / "run", "log.every_steps=100", *settings)
-    is_published = "release_compat" in settings[0]  # draws its step sizes on the host, as the published code does
-    assert asked.places == (["release.py"] * is_published + ["joint_update.py"]) * 5
+    train(tmp_path / "run", "log.every_steps=100", "checkpoint.every_steps=100", *settings)
+    published = ["release.py"] if "release_compat" in settings[0] else []  # draws its sizes on the host, as theirs does
+    waited = "this step" if "engine.precision=fp16" in settings else "the step before"
+    assert asked.places == [*published, waited] * 5
 
 
 def test_the_watch_sees_every_way_of_asking(monkeypatch):
@@ -124,6 +137,7 @@ class Asked(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.places = []
+        self.step = 0  #: set from outside
         self._is_watching = False
         accelerator = type(get_accelerator())
         for owner, name in (
@@ -133,6 +147,21 @@ class Asked(TorchDispatchMode):
             (accelerator, "synchronize"),
         ):
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+        self._sent, send, read = weakref.WeakKeyDictionary(), Later.__init__, Later.read
+        monkeypatch.setattr(Later, "__init__", lambda later, values: self._send(later) or send(later, values))
+        monkeypatch.setattr(Later, "read", lambda later: self._read(later, read))
+
+    def _send(self, later):
+        self._sent[later] = self.step
+
+    def _read(self, later, read):
+        """Waits for the step in which the numbers were sent, not for what was asked since."""
+        was_watching, self._is_watching = self._is_watching, False
+        if was_watching and later._found is None:
+            self.places.append("this step" if self._sent[later] == self.step else "the step before")
+        found = read(later)
+        self._is_watching = was_watching
+        return found
 
     def _counted(self, method):
         def counted(*args, **options):
@@ -159,7 +188,7 @@ class Asked(TorchDispatchMode):
             and kwargs.get("device") == torch.device("cpu")
             and kwargs.get("dtype") in (None, args[0].dtype)
         )
-        if func in self._OPERATIONS or by_mask or to_cpu:
+        if self._is_watching and (func in self._OPERATIONS or by_mask or to_cpu):
             self._note()
         return func(*args, **kwargs)
 

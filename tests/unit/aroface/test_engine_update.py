@@ -7,7 +7,7 @@ import torch
 
 from aroface.config.engine import EngineConfig, LossScaleConfig
 from aroface.config.schema import ArcFaceConfig, OptimConfig
-from aroface.engine.joint_update import JointUpdate, NonFiniteError
+from aroface.engine.joint_update import Gate, JointUpdate, NonFiniteError
 from aroface.engine.loss_scale import LossScaler
 from aroface.engine.watchdog import Watchdog
 from aroface.errors import ArofaceError
@@ -28,8 +28,10 @@ class FakeEngine:
     def gradients(self) -> list[torch.Tensor]:
         return self.parts
 
-    def step(self, lr: float) -> None:
-        self.calls.append(f"step {lr}")
+    def step(self, lr: float, gate: Gate | None = None) -> None:
+        self.calls.append(f"step {lr}" if gate is None or not gate.is_shut else "shut")
+        if gate is not None and gate.divisor is not None:
+            self.parts = [part / gate.divisor for part in self.parts]
 
     def skip(self) -> None:
         self.calls.append("skip")
@@ -96,9 +98,10 @@ def test_without_a_scale_what_is_not_finite_stops_before_the_update(gradients, w
     {"backbone": backbone, "class centres": centres.view(-1), "loss": losses}[where][0] = math.nan
     update, engine, head = make(backbone, centres, scaler_of(precision))
     before = head.weight.detach().clone()
+    report = update(losses, 0.1)
     with pytest.raises(NonFiniteError, match=where):
-        update(losses, 0.1)
-    assert engine.calls == []
+        report.check()
+    assert engine.calls == ["shut"]
     assert torch.equal(head.weight.detach(), before)
 
 
