@@ -12,8 +12,10 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from aroface.errors import ArofaceError
+from aroface.later import Later
 
 __all__ = [
+    "AnyRankLater",
     "all_gather_rows",
     "all_reduce",
     "any_rank",
@@ -68,8 +70,27 @@ def any_rank_each(conditions: Sequence[bool]) -> tuple[bool, ...]:
     """For each condition whether it holds on at least one rank. One collective, whatever their number."""
     if not is_distributed():
         return tuple(conditions)
-    values = torch.tensor([float(condition) for condition in conditions], device=_collective_device())
-    return tuple(value > 0 for value in all_reduce(values, "max").tolist())
+    return tuple(value > 0 for value in _most(conditions).tolist())
+
+
+class AnyRankLater:
+    """`any_rank_each` for every step of a training: answers with what held at the call before, and waits for no GPU."""
+
+    def __init__(self) -> None:
+        self._before: Later | None = None
+
+    def __call__(self, conditions: Sequence[bool]) -> tuple[bool, ...]:
+        """For each condition whether it held on at least one rank at the call before; all ranks call it."""
+        before, self._before = self._before, Later(_most(conditions))
+        return tuple(value > 0 for value in before.read()) if before else (False,) * len(conditions)
+
+
+def _most(conditions: Sequence[bool]) -> Tensor:
+    """1 for a condition that holds on at least one rank, else 0."""
+    device = _collective_device() if is_distributed() else torch.device("cpu")
+    # Pinned, or the copy to a GPU would wait for it.
+    values = torch.tensor([float(condition) for condition in conditions], pin_memory=device.type == "cuda")
+    return all_reduce(values.to(device, non_blocking=True), "max")
 
 
 def _collective_device() -> torch.device:

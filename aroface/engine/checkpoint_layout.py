@@ -33,6 +33,7 @@ __all__ = [
     "MODEL_FILE",
     "OPTIMIZER_FILE",
     "STATE_FILE",
+    "best_of",
     "finish_checkpoint",
     "head_file",
     "list_checkpoints",
@@ -297,3 +298,10 @@ def _newest_good(whole: Sequence[Path], count: int, is_good: Callable[[Path], bo
         if found == count:
             return index
     return 0
+
+
+def best_of(checkpoint: Path | None, run: Path) -> Best | None:
+    """The best so far, as a checkpoint of this run remembers it; a branch of another run starts without one."""
+    if checkpoint is None or checkpoint.parent.resolve() != run.resolve():
+        return None
+    return Best.from_record(read_state(checkpoint).get("best"))

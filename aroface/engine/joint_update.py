@@ -14,10 +14,10 @@ from torch import Tensor
 
 from aroface.config.schema import OptimConfig
 from aroface.distributed import all_reduce
-from aroface.engine.later import Later
 from aroface.engine.loss_scale import LossScaler
 from aroface.errors import ArofaceError
 from aroface.heads import HeadSGD, ShardedHead
+from aroface.later import Later
 
 __all__ = ["Gate", "Gradients", "JointUpdate", "NonFiniteError", "StepReport"]
 

@@ -13,6 +13,7 @@ import torch
 
 from aroface.config.schema import TrainConfig
 from aroface.distributed import (
+    AnyRankLater,
     any_rank,
     any_rank_each,
     barrier,
@@ -31,7 +32,7 @@ from aroface.engine.checkpoint import (
     restore_optimizers,
     take_snapshot,
 )
-from aroface.engine.checkpoint_layout import STATE_FILE, list_checkpoints, read_state, remove_torn
+from aroface.engine.checkpoint_layout import STATE_FILE, best_of, list_checkpoints, remove_torn
 from aroface.engine.compiled import warm_up
 from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
 from aroface.engine.evaluation import PeriodicEvaluation
@@ -113,7 +114,7 @@ class Trainer:
         directory = from_first_rank(lambda: choose_checkpoint(run, config, resume))
         _check_seen(directory)
         self._build(directory)
-        self._earlier_best = _best_of(directory, run)
+        self._earlier_best = best_of(directory, run)
         self._evaluation = (
             PeriodicEvaluation(config.evaluate, evaluators, best=self._earlier_best) if config.evaluate else None
         )
@@ -127,6 +128,8 @@ class Trainer:
         )
         barrier()  # every rank has looked at the run directory before rank 0 writes there
         self._stop_requested = False
+        # Gloo waits in any case, and answers at once.
+        self._ask = AnyRankLater() if self._world > 1 and self.device.type == "cuda" else any_rank_each
         self._unsettled: tuple[AppliedStep, StepReport] | None = None
 
     def _build(self, directory: Path | None) -> None:
@@ -276,7 +279,7 @@ class Trainer:
                 if log:
                     log.write(line)
                 progress.show(line, images_per_step=config.batch.global_batch)
-            stop, has_failed = any_rank_each([self._stop_requested, self._saver.has_failed])
+            stop, has_failed = self._ask([self._stop_requested, self._saver.has_failed])
             if has_failed:
                 self._saver.fail()
             with meter.pause():
@@ -393,10 +396,3 @@ def _check_seen(directory: Path | None) -> None:
         raise CheckpointError(
             f"{directory} is not seen by every rank. Put the run directory on storage that all nodes share."
         )
-
-
-def _best_of(checkpoint: Path | None, run: Path) -> Best | None:
-    """The best so far, as a checkpoint of this run remembers it; a branch of another run starts without one."""
-    if checkpoint is None or checkpoint.parent.resolve() != run.resolve():
-        return None
-    return Best.from_record(read_state(checkpoint).get("best"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aroface.engine.later import Later
+from aroface.later import Later
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import aroface
 from aroface import augment
 from aroface.engine import deepspeed_engine
-from aroface.engine.later import Later
 from aroface.engine.trainer import Trainer
+from aroface.later import Later
 from aroface.models.prelu import PReLU
 from tests.helpers.training import ADAFACE, train
 

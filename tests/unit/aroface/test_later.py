@@ -2,7 +2,7 @@
 
 import torch
 
-from aroface.engine.later import Later
+from aroface.later import Later
 
 
 def test_what_was_sent_is_read_whatever_came_since():
