@@ -42,8 +42,7 @@ class EngineConfig(Section):
     )
     cuda_graphs: bool = Field(
         False,
-        description="replay the attack's passes through the backbone from CUDA graphs, on GPUs: one launch instead of "
-        "thousands, for the memory of their activations",
+        description="replay the passes through the backbone from CUDA graphs, on GPUs: one launch instead of thousands",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; null: idle cores / ranks of the machine")
     timeout_s: float = Field(

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile for the backbone")
     parser.add_argument(
-        "--cuda-graphs", action="store_true", help="replay the attack's passes from CUDA graphs, on a GPU"
+        "--cuda-graphs", action="store_true", help="replay the passes through the backbone from CUDA graphs, on a GPU"
     )
     parser.add_argument("--plain-norms", action="store_true", help="batch norms by PyTorch instead of fused, on a GPU")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO stage of the engine")
