@@ -27,16 +27,20 @@ __all__ = ["check_fused", "fused_chunk", "fused_terms", "is_fused_faster"]
 
 
 class _Tiles(NamedTuple):
-    """Sizes of a tile of logits and of a strip of its factors, strips in shared memory at one time, and warps."""
+    """Sizes of a tile of logits and of a strip of its factors, and how a kernel runs."""
 
     rows: int
     classes: int
     dim: int
-    stages: int
+    stages: int  #: strips in shared memory at one time
     warps: int
+    programs: int  #: on a multiprocessor at one time
+    described: bool  #: factors through tensor descriptors
 
 
-_TILES = {"fp32": _Tiles(64, 64, 32, 3, 8), "bf16": _Tiles(128, 128, 64, 3, 8)}
+#: Hopper and data-centre Blackwell (compute capability 9 and 10): 228 KiB of shared memory, a copy engine
+_NEW_TILES = {"fp32": _Tiles(64, 64, 32, 3, 8, 2, True), "bf16": _Tiles(128, 256, 64, 4, 8, 1, True)}
+_TILES = {"fp32": _Tiles(64, 64, 32, 3, 8, 2, False), "bf16": _Tiles(128, 128, 64, 3, 8, 2, False)}
 #: Numbers of a chunk of centres and of its softmax: 48 MiB in bf16, the second-level cache of an H100.
 _CHUNK_NUMBERS = 24 * 2**20
 #: Numbers of centres that one program of a streaming kernel holds in its registers.
@@ -109,7 +113,7 @@ class _FusedTerms(torch.autograd.Function):
         # Rows without a single negative have the value -inf and no gradient.
         is_empty = total == -torch.inf
         factor = (grad_outputs[0] * settings.logit_scale).masked_fill(is_empty, 0)[:, None]
-        total = total.masked_fill(is_empty, 0)
+        total = total.masked_fill(is_empty, 0) * _LOG2_E
         weighted = operand(embeddings * factor, settings.precision)
         grad_embeddings = torch.zeros_like(embeddings)
         grad_weights = torch.empty_like(weights) if ctx.needs_input_grad[1] else None
@@ -150,7 +154,7 @@ class _Chunks:
     def __init__(
         self, embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings, size: int
     ) -> None:
-        self.tiles = _TILES[settings.precision]
+        self.tiles = _tiles(settings.precision, embeddings.device)
         self.targets = targets
         self.count, dim = embeddings.shape
         width = _padded(dim, self.tiles.dim)
@@ -176,28 +180,54 @@ class _Chunks:
 
         tiles = self.tiles
         row_tiles, class_tiles = len(self.rows) // tiles.rows, -(-count // tiles.classes)
-        # The classes are split until every multiprocessor has two programs.
-        wanted = max(1, 2 * multiprocessors(self.rows.device) // row_tiles)
+        # The classes are split until every multiprocessor is full.
+        wanted = max(1, tiles.programs * multiprocessors(self.rows.device) // row_tiles)
         tiles_of_split = -(-class_tiles // min(class_tiles, wanted))
         splits = -(-class_tiles // tiles_of_split)
         partial = self.rows.new_empty((splits, self.count), dtype=torch.float32)
         fused_kernels.row_terms[(row_tiles, splits)](
-            self.rows, self.unit, self.targets, partial,
-            self.count, count, self.rows.shape[1], start, tiles_of_split * tiles.classes, **_options(tiles),
+            *self._factors(), self.targets, partial,
+            self.count, count, start, tiles_of_split * tiles.classes, **self._options(),
         )  # fmt: skip
         return partial
 
     def shares(self, start: int, count: int, totals: Tensor, *, out: Tensor) -> int:
-        """Softmax of the loaded chunk over all negatives, into (N, K); returns how many columns, with padding of 0."""
+        """Softmax of the loaded chunk over all negatives, into (N, K); returns how many columns, with padding of 0.
+
+        `totals` is the log-sum-exp of every row in units of ln 2.
+        """
         from aroface.heads import fused_kernels
 
         tiles = self.tiles
         class_tiles = -(-count // tiles.classes)
         fused_kernels.row_shares[(len(self.rows) // tiles.rows, class_tiles)](
-            self.rows, self.unit, self.targets, totals * _LOG2_E, out,
-            self.count, count, self.rows.shape[1], start, out.stride(0), **_options(tiles),
+            *self._factors(), self.targets, totals, self._described(out, tiles.rows, tiles.classes),
+            self.count, count, start, out.stride(0), **self._options(),
         )  # fmt: skip
         return class_tiles * tiles.classes
+
+    def _factors(self) -> tuple[Any, Any]:
+        tiles = self.tiles
+        return (
+            self._described(self.rows, tiles.rows, tiles.dim),
+            self._described(self.unit, tiles.classes, tiles.dim),
+        )
+
+    def _described(self, matrix: Tensor, rows: int, columns: int) -> Any:
+        from aroface.heads import fused_kernels
+
+        return fused_kernels.describe(matrix, rows, columns) if self.tiles.described else matrix
+
+    def _options(self) -> dict[str, int | bool]:
+        tiles = self.tiles
+        sizes = {"tile_rows": tiles.rows, "tile_classes": tiles.classes, "tile_dim": tiles.dim}
+        how = {"padded_dim": self.rows.shape[1], "described": tiles.described}
+        return {**sizes, **how, "num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def _tiles(precision: str, device: torch.device) -> _Tiles:
+    is_new = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return (_NEW_TILES if is_new else _TILES)[precision]
 
 
 def _through_length(gradient: Tensor, centres: Tensor) -> None:
@@ -217,8 +247,3 @@ def _streaming(count: int, dim: int) -> tuple[dict[str, int], tuple[int]]:
     block_dim = 1 << (dim - 1).bit_length()
     tile = max(1, _STREAMED // block_dim)
     return {"tile_classes": tile, "block_dim": block_dim}, (-(-count // tile),)
-
-
-def _options(tiles: _Tiles) -> dict[str, int]:
-    sizes = {"tile_rows": tiles.rows, "tile_classes": tiles.classes, "tile_dim": tiles.dim}
-    return sizes | {"num_warps": tiles.warps, "num_stages": tiles.stages}

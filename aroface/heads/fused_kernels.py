@@ -2,16 +2,25 @@
 # Kernels are written in Triton's language, which only looks like Python.
 """GPU kernels of the fused softmax: tiles of logits live in registers and are never written.
 
-Factors of the tiles come in padded buffers, whose rows and columns are whole tiles, with zeros beyond the data: the
-products need no masks. No atomics: results do not depend on the order in which programs run.
+Factors of the tiles lie in padded buffers, whose rows and columns are whole tiles: the products need no masks. They are
+read through tensor descriptors where the GPU has a copy engine for them, else through pointers. Their width is a
+constant of the kernel: with a loop of unknown length ptxas puts the products one after the other. No atomics: results
+do not depend on the order in which programs run.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["row_shares", "row_terms", "through_length", "unit_centres"]
+__all__ = ["describe", "row_shares", "row_terms", "through_length", "unit_centres"]
 
 _LN2 = tl.constexpr(0.6931471805599453)
+
+
+def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tensor descriptor of a row-major matrix, read or written in tiles of that size."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
 @triton.jit
@@ -30,37 +39,50 @@ def unit_centres(
 
 
 @triton.jit
-def _logits(
-    rows, centres, row, classes, own, num_classes, padded_dim,
-    tile_rows: tl.constexpr, tile_classes: tl.constexpr, tile_dim: tl.constexpr,
+def _strip(
+    matrix, first_row, column, rows: tl.constexpr, columns: tl.constexpr, width: tl.constexpr, described: tl.constexpr
 ):  # fmt: skip
-    """(rows, classes) products of padded factors; -inf where the class is the row's own or does not exist."""
-    columns = tl.arange(0, tile_dim)
-    left = rows + row[:, None].to(tl.int64) * padded_dim + columns[None, :]
-    right = centres + classes[:, None].to(tl.int64) * padded_dim + columns[None, :]
+    """(rows, columns) numbers of a padded matrix, given by a tensor descriptor or a pointer."""
+    if described:
+        return matrix.load([first_row, column])
+    row = (first_row + tl.arange(0, rows)).to(tl.int64)[:, None]
+    return tl.load(matrix + row * width + column + tl.arange(0, columns)[None, :])
+
+
+@triton.jit
+def _logits(
+    rows, centres, first_row, first_class, own, num_classes, tile_rows: tl.constexpr, tile_classes: tl.constexpr,
+    tile_dim: tl.constexpr, padded_dim: tl.constexpr, described: tl.constexpr,
+):  # fmt: skip
+    """(rows, classes) products; -inf where the class is the row's own or does not exist."""
     sums = tl.zeros((tile_rows, tile_classes), tl.float32)
-    for first in range(0, padded_dim, tile_dim):
+    for column in range(0, padded_dim, tile_dim):
+        left = _strip(rows, first_row, column, tile_rows, tile_dim, padded_dim, described)
+        right = _strip(centres, first_class, column, tile_classes, tile_dim, padded_dim, described)
         # tf32x3: fp32 from three products of tensor cores; without effect on bf16
-        sums = tl.dot(tl.load(left + first), tl.trans(tl.load(right + first)), sums, input_precision="tf32x3")
-    is_negative = (classes[None, :] < num_classes) & (classes[None, :] != own[:, None])
-    return tl.where(is_negative, sums, -float("inf"))
+        sums = tl.dot(left, right.T, sums, input_precision="tf32x3")
+    classes = first_class + tl.arange(0, tile_classes)[None, :]
+    return tl.where((classes < num_classes) & (classes != own[:, None]), sums, -float("inf"))
 
 
 @triton.jit
 def row_terms(
-    rows, centres, targets, result, num_rows, num_classes, padded_dim, first_class, per_split,
-    tile_rows: tl.constexpr, tile_classes: tl.constexpr, tile_dim: tl.constexpr,
+    rows, centres, targets, result, num_rows, num_classes, chunk_start, per_split, tile_rows: tl.constexpr,
+    tile_classes: tl.constexpr, tile_dim: tl.constexpr, padded_dim: tl.constexpr, described: tl.constexpr,
 ):  # fmt: skip
     """result[split, i] = log sum 2^(rows_i centres_j) over the negatives j of one split of a chunk of classes."""
-    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
+    first_row = tl.program_id(0) * tile_rows
+    row = first_row + tl.arange(0, tile_rows)
     split = tl.program_id(1)
-    own = (tl.load(targets + row, mask=row < num_rows, other=-1) - first_class).to(tl.int32)
+    own = (tl.load(targets + row, mask=row < num_rows, other=-1) - chunk_start).to(tl.int32)
     largest = tl.full((tile_rows,), -float("inf"), tl.float32)
     total = tl.zeros((tile_rows,), tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, num_classes), tile_classes):
-        classes = first + tl.arange(0, tile_classes)
+    stop = tl.minimum((split + 1) * per_split, num_classes)
+    # flatten: strips of the next tile are on their way while the sums of this one are taken
+    for first_class in tl.range(split * per_split, stop, tile_classes, flatten=True):
         logits = _logits(
-            rows, centres, row, classes, own, num_classes, padded_dim, tile_rows, tile_classes, tile_dim
+            rows, centres, first_row, first_class, own, num_classes,
+            tile_rows, tile_classes, tile_dim, padded_dim, described,
         )  # fmt: skip
         now = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(now == -float("inf"), 0.0, now)
@@ -73,20 +95,26 @@ def row_terms(
 
 @triton.jit
 def row_shares(
-    rows, centres, targets, totals, result, num_rows, num_classes, padded_dim, first_class, stride,
-    tile_rows: tl.constexpr, tile_classes: tl.constexpr, tile_dim: tl.constexpr,
+    rows, centres, targets, totals, result, num_rows, num_classes, chunk_start, stride, tile_rows: tl.constexpr,
+    tile_classes: tl.constexpr, tile_dim: tl.constexpr, padded_dim: tl.constexpr, described: tl.constexpr,
 ):  # fmt: skip
     """result[i, j] = 2^(rows_i centres_j - total_i) for the negatives j of a chunk; 0 elsewhere in the tile."""
-    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
-    classes = tl.program_id(1) * tile_classes + tl.arange(0, tile_classes)
-    own = (tl.load(targets + row, mask=row < num_rows, other=-1) - first_class).to(tl.int32)
+    first_row = tl.program_id(0) * tile_rows
+    first_class = tl.program_id(1) * tile_classes
+    row = first_row + tl.arange(0, tile_rows)
+    own = (tl.load(targets + row, mask=row < num_rows, other=-1) - chunk_start).to(tl.int32)
     total = tl.load(totals + row, mask=row < num_rows, other=0.0)
     logits = _logits(
-        rows, centres, row, classes, own, num_classes, padded_dim, tile_rows, tile_classes, tile_dim
+        rows, centres, first_row, first_class, own, num_classes,
+        tile_rows, tile_classes, tile_dim, padded_dim, described,
     )  # fmt: skip
-    shares = tl.exp2(logits - total[:, None]).to(result.dtype.element_ty)
-    place = result + row[:, None].to(tl.int64) * stride + classes[None, :]
-    tl.store(place, shares, mask=row[:, None] < num_rows)
+    shares = tl.exp2(logits - total[:, None])
+    if described:
+        result.store([first_row, first_class], shares.to(result.dtype))
+    else:
+        column = first_class + tl.arange(0, tile_classes)[None, :]
+        place = result + row[:, None].to(tl.int64) * stride + column
+        tl.store(place, shares.to(result.dtype.element_ty), mask=row[:, None] < num_rows)
 
 
 @triton.jit
