@@ -43,6 +43,8 @@ _NEW_TILES = {"fp32": _Tiles(64, 64, 32, 3, 8, 2, True), "bf16": _Tiles(128, 256
 _TILES = {"fp32": _Tiles(64, 64, 32, 3, 8, 2, False), "bf16": _Tiles(128, 128, 64, 3, 8, 2, False)}
 #: Numbers of a chunk of centres and of its softmax: 48 MiB in bf16, the second-level cache of an H100.
 _CHUNK_NUMBERS = 24 * 2**20
+#: A chunk of the forward pass has no softmax, and is longer by this factor.
+_FORWARD = 2
 #: Numbers of centres that one program of a streaming kernel holds in its registers.
 _STREAMED = 4096
 _LOG2_E = math.log2(math.e)
@@ -135,7 +137,7 @@ class _FusedTerms(torch.autograd.Function):
 
 def _totals(embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings) -> Tensor:
     """log-sum-exp of the negatives, (N,)."""
-    size = 2 * settings.chunk_classes  # a chunk without its softmax
+    size = _FORWARD * settings.chunk_classes
     chunks = _Chunks(embeddings, weights, targets, settings, size)
     partial = []
     for start in range(0, len(weights), size):

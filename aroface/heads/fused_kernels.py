@@ -23,7 +23,7 @@ def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_classes"])
 def unit_centres(
     centres, result, num_classes, dim, padded_classes, padded_dim, min_length,
     tile_classes: tl.constexpr, block_dim: tl.constexpr,
@@ -44,9 +44,11 @@ def _strip(
 ):  # fmt: skip
     """(rows, columns) numbers of a padded matrix, given by a tensor descriptor or a pointer."""
     if described:
-        return matrix.load([first_row, column])
-    row = (first_row + tl.arange(0, rows)).to(tl.int64)[:, None]
-    return tl.load(matrix + row * width + column + tl.arange(0, columns)[None, :])
+        numbers = matrix.load([first_row, column])
+    else:
+        row = (first_row + tl.arange(0, rows)).to(tl.int64)[:, None]
+        numbers = tl.load(matrix + row * width + column + tl.arange(0, columns)[None, :])
+    return numbers
 
 
 @triton.jit
@@ -65,7 +67,7 @@ def _logits(
     return tl.where((classes < num_classes) & (classes != own[:, None]), sums, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_classes"])
 def row_terms(
     rows, centres, targets, result, num_rows, num_classes, chunk_start, per_split, tile_rows: tl.constexpr,
     tile_classes: tl.constexpr, tile_dim: tl.constexpr, padded_dim: tl.constexpr, described: tl.constexpr,
@@ -93,7 +95,7 @@ def row_terms(
     tl.store(result + split * num_rows + row, value, mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_classes"])
 def row_shares(
     rows, centres, targets, totals, result, num_rows, num_classes, chunk_start, stride, tile_rows: tl.constexpr,
     tile_classes: tl.constexpr, tile_dim: tl.constexpr, padded_dim: tl.constexpr, described: tl.constexpr,
@@ -117,7 +119,7 @@ def row_shares(
         tl.store(place, shares.to(result.dtype.element_ty), mask=row[:, None] < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_classes"])
 def through_length(
     gradient, centres, num_classes, dim, min_length, tile_classes: tl.constexpr, block_dim: tl.constexpr
 ):
