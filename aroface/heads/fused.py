@@ -110,6 +110,12 @@ class _FusedTerms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        # A caller may form gradients inside of autocast too, whose products would be those of half precision.
+        with torch.autocast(grad_outputs[0].device.type, enabled=False):
+            return *_FusedTerms._gradients(ctx, *grad_outputs), None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
         embeddings, weights, targets, total = ctx.saved_tensors
         settings: SoftmaxSettings = ctx.settings
         # Rows without a single negative have the value -inf and no gradient.
@@ -132,7 +138,7 @@ class _FusedTerms(torch.autograd.Function):
                 _through_length(gradient, centres)
         grad_embeddings *= factor
         add_target_gradient(embeddings, weights, targets, grad_outputs[1], grad_embeddings, grad_weights)
-        return grad_embeddings, grad_weights, None, None
+        return grad_embeddings, grad_weights
 
 
 def _totals(embeddings: Tensor, weights: Tensor, targets: Tensor, settings: SoftmaxSettings) -> Tensor:
@@ -165,6 +171,8 @@ class _Chunks:
         self.rows[: self.count, :dim] = embeddings * (settings.logit_scale * _LOG2_E)
         #: (K, D) the chunk at unit length
         self.unit = self.rows.new_empty((_padded(min(size, len(weights)), self.tiles.classes), width))
+        strips = (self.rows, self.tiles.rows), (self.unit, self.tiles.classes)
+        self._factors = [self._described(matrix, size, self.tiles.dim) for matrix, size in strips]
 
     def load(self, centres: Tensor) -> None:
         """Take the next chunk, (K, D) float32 of any length."""
@@ -188,7 +196,7 @@ class _Chunks:
         splits = -(-class_tiles // tiles_of_split)
         partial = self.rows.new_empty((splits, self.count), dtype=torch.float32)
         fused_kernels.row_terms[(row_tiles, splits)](
-            *self._factors(), self.targets, partial,
+            *self._factors, self.targets, partial,
             self.count, count, start, tiles_of_split * tiles.classes, **self._options(),
         )  # fmt: skip
         return partial
@@ -203,17 +211,10 @@ class _Chunks:
         tiles = self.tiles
         class_tiles = -(-count // tiles.classes)
         fused_kernels.row_shares[(len(self.rows) // tiles.rows, class_tiles)](
-            *self._factors(), self.targets, totals, self._described(out, tiles.rows, tiles.classes),
+            *self._factors, self.targets, totals, self._described(out, tiles.rows, tiles.classes),
             self.count, count, start, out.stride(0), **self._options(),
         )  # fmt: skip
         return class_tiles * tiles.classes
-
-    def _factors(self) -> tuple[Any, Any]:
-        tiles = self.tiles
-        return (
-            self._described(self.rows, tiles.rows, tiles.dim),
-            self._described(self.unit, tiles.classes, tiles.dim),
-        )
 
     def _described(self, matrix: Tensor, rows: int, columns: int) -> Any:
         from aroface.heads import fused_kernels

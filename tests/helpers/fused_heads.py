@@ -129,6 +129,8 @@ if __name__ == "__main__":
             terms_against_float64(shape, "fp32", "cpu")
             if number > 1:
                 terms_against_float64(shape, "bf16", "cpu")
+    with torch.autocast("cpu"):  # whose products would be those of bf16
+        terms_against_float64(SHAPES[3], "fp32", "cpu")
     rows_without_negatives("cpu")
     for kind in KINDS:
         head_against_oracle(kind, "cpu")
