@@ -18,7 +18,7 @@ from aroface.distributed import all_reduce, is_distributed
 from aroface.engine.seeding import derive_generator
 from aroface.errors import ConfigError
 from aroface.heads.exchange import gather_batch, own_rows, sum_over_ranks
-from aroface.heads.fused import check_fused, fused_terms, is_fused_faster
+from aroface.heads.fused import check_fused, fused_chunk, fused_terms, is_fused_faster
 from aroface.heads.kinds import build_kind
 from aroface.heads.softmax import SoftmaxSettings, class_terms, plain_terms, target_cosines, unit_rows
 
@@ -149,10 +149,10 @@ class ShardedHead(nn.Module):
                 self.kind.update(norms, known)
             rule = self.kind.negatives(known)
         config = self.config
-        chunk = config.chunk_classes or _chunk_classes(len(weights), len(unit), weights.device.type)
-        settings = SoftmaxSettings(config.logit_scale, chunk, config.logit_precision, rule)
-        terms = _TERMS[_implementation(config, weights.device)]
-        negatives, cosines = terms(unit, weights, local, settings)
+        name = _implementation(config, weights.device)
+        auto = fused_chunk(*unit.shape) if name == "triton" else _chunk_classes(len(weights), len(unit), weights.device)
+        settings = SoftmaxSettings(config.logit_scale, config.chunk_classes or auto, config.logit_precision, rule)
+        negatives, cosines = _TERMS[name](unit, weights, local, settings)
         targets = torch.where(is_mine, config.logit_scale * self.kind.targets(cosines.clamp(-1, 1), norms), 0.0)
         extra = self.kind.regulariser(norms)
         if extra is not None:
@@ -181,9 +181,9 @@ class ShardedHead(nn.Module):
         return nn.functional.embedding(chosen, self.weight, sparse=True), place[local]
 
 
-def _chunk_classes(count: int, rows: int, device: str) -> int:
+def _chunk_classes(count: int, rows: int, device: torch.device) -> int:
     """Columns of a chunk that are fast: many on a GPU, which has to be kept busy, few on a CPU."""
-    if device == "cpu":
+    if device.type == "cpu":
         return _CPU_CHUNK if count > _ONE_CHUNK else _ONE_CHUNK
     return max(_ONE_CHUNK, _GPU_LOGITS // rows)
 

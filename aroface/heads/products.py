@@ -31,11 +31,17 @@ def operand(values: Tensor, precision: LogitPrecision) -> Tensor:
     return values.bfloat16() if precision == "bf16" else values
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Product left @ right of two operands as float32; on a CPU that of bf16 operands is rounded to bf16 before."""
-    if left.dtype == torch.float32 or left.device.type == "cpu":
-        return (left @ right).float()
-    return torch.mm(left, right, out_dtype=torch.float32)
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Product left @ right of two operands as float32, into `out` if there is one.
+
+    On a CPU the product of bf16 operands is rounded to bf16 before.
+    """
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cpu":
+        result = (left @ right).float()
+        return result if out is None else out.copy_(result)
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
 @contextmanager
