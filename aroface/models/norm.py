@@ -27,6 +27,8 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Elements of a tile, its largest width and its warps; programs that share out the rows of a sum, for each SM.
 #: Fastest of seven combinations, or near to it, on the activations of an R100 on an H200.
 _TILE, _MOST_CHANNELS, _WARPS, _PROGRAMS = 4096, 128, 8, 4
+#: Fewest tiles that are worth a part of a sum; most parts and the channels (32 bytes) that one program adds up at once.
+_LEAST_TILES, _MOST_PARTS, _CHANNELS_OF_TOTAL = 4, 1024, 8
 
 
 def norm(module: nn.Module, x: Tensor, *, prelu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
@@ -130,9 +132,10 @@ class _FusedNorm(torch.autograd.Function):
         found = weight.new_empty((2, channels))
         is_recorded = module.track_running_stats and module.running_mean is not None
         running = (module.running_mean, module.running_var, module.num_batches_tracked) if is_recorded else (found,) * 3
-        norm_kernels.statistics[(_tiles(channels, 16),)](
-            x, partial, found, *running, rows, channels, parts, module.eps, module.momentum, 64, 16, is_recorded,
-            num_warps=4,
+        tile_of_parts = _tile_of_parts(parts)
+        norm_kernels.statistics[(_tiles(channels, tile_of_parts[1]),)](
+            x, partial, found, *running, rows, channels, parts, module.eps, module.momentum,
+            *tile_of_parts, is_recorded, num_warps=_WARPS,
         )  # fmt: skip
         y = torch.empty_like(x)
         norm_kernels.normalise_rows[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
@@ -153,18 +156,23 @@ class _FusedNorm(torch.autograd.Function):
         slopes = weight if slope is None else slope
         tile = _tile(channels)
         parts, rows_of_part = _parts(rows, channels, tile, x.device)
-        partial = weight.new_empty((2 if slope is None else 3, parts, channels))
+        wants_slope = ctx.needs_input_grad[3]  # not in an attack, where weights are constants
+        partial = weight.new_empty((3 if wants_slope else 2, parts, channels))
         norm_kernels.gradient_columns[(parts, _tiles(channels, tile[1]))](
             gradient, x, found, weight, bias, slopes, partial, rows, channels, rows_of_part,
-            *tile, slope is not None, num_warps=_WARPS,
+            *tile, slope is not None, wants_slope, num_warps=_WARPS,
         )  # fmt: skip
-        sums = partial.sum(1)
+        sums = weight.new_empty((len(partial), channels))
+        tile_of_parts = _tile_of_parts(parts)
+        norm_kernels.totals[(_tiles(channels, tile_of_parts[1]), len(partial))](
+            partial, sums, parts, channels, *tile_of_parts, num_warps=_WARPS
+        )
         result = torch.empty_like(x)
         norm_kernels.gradient_of_input[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
             gradient, x, found, weight, bias, slopes, sums, result, rows, channels,
             *tile, slope is not None, num_warps=_WARPS,
         )  # fmt: skip
-        of_slope = None if slope is None else sums[2]
+        of_slope = sums[2] if wants_slope else None
         return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None
 
 
@@ -174,6 +182,11 @@ def _tile(channels: int) -> tuple[int, int]:
     return _TILE // columns, columns
 
 
+def _tile_of_parts(parts: int) -> tuple[int, int]:
+    """Parts and channels that one program adds up at once: all parts of an H200, so that it waits for memory once."""
+    return min(_MOST_PARTS, 1 << (parts - 1).bit_length()), _CHANNELS_OF_TOTAL
+
+
 def _tiles(length: int, tile: int) -> int:
     return -(-length // tile)
 
@@ -181,5 +194,5 @@ def _tiles(length: int, tile: int) -> int:
 def _parts(rows: int, channels: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int]:
     """Programs that share out the rows, and the rows of each: whole tiles, enough programs for the whole GPU."""
     wanted = max(1, _PROGRAMS * multiprocessors(device) // _tiles(channels, tile[1]))
-    rows_of_part = tile[0] * _tiles(_tiles(rows, tile[0]), wanted)
+    rows_of_part = tile[0] * max(_LEAST_TILES, _tiles(_tiles(rows, tile[0]), wanted))
     return _tiles(rows, rows_of_part), rows_of_part
