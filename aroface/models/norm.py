@@ -3,7 +3,8 @@
 PyTorch runs batch norm, PReLU and sum one after the other, each reading and writing the whole activation, and its
 statistics on a GPU are far from the speed of the memory. Fused, a batch norm with a PReLU reads the activation twice
 and writes once in the forward pass; in the backward pass it reads gradient and activation twice and writes once. That
-is what is left of 7 and 16 passes.
+is what is left of 7 and 16 passes. Where the input also goes past the norm, the gradient of that skip is added as the
+norm's own is written.
 
 The kernels are Triton's. They run on NVIDIA GPUs for channels-last activations in training; everywhere else, and where
 Triton does not work, PyTorch's own operations do the same.
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from aroface.triton_runtime import is_interpreted, multiprocessors
 
-__all__ = ["fuse_norms", "norm"]
+__all__ = ["forked_norm", "fuse_norms", "norm"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +47,33 @@ def norm(module: nn.Module, x: Tensor, *, prelu: nn.Module | None = None, residu
     if _fits(module, x, prelu, residual) and _works(x.device):
         slope = None if prelu is None else prelu.weight
         fused: Tensor = _FusedNorm.apply(  # type: ignore[no-untyped-call]
-            x, module.weight, module.bias, slope, residual, module
+            x, module.weight, module.bias, slope, residual, module, False
         )
         return fused
     y: Tensor = module(x)
     if prelu is not None:
         y = prelu(y)
     return y if residual is None else y + residual
+
+
+def forked_norm(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`module(x)`, and `x` for what runs beside it: the skip of a residual block.
+
+    Fused, the gradients of both are added as the norm's is formed, and not in a pass of their own.
+
+    Args:
+        module: batch norm; its running statistics are updated as by a call.
+        x: (B, C, H, W).
+
+    Returns:
+        Two of (B, C, H, W); use the second in place of `x`.
+    """
+    if _fits(module, x, None, None) and _works(x.device):
+        y, skip = _FusedNorm.apply(  # type: ignore[no-untyped-call]
+            x, module.weight, module.bias, None, None, module, True
+        )
+        return y, skip
+    return module(x), x
 
 
 def fuse_norms(backbone: nn.Module, *, is_wanted: bool) -> None:
@@ -100,7 +121,9 @@ def _works(device: torch.device) -> bool:
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.ones(2, 8, 2, 2, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
             module = nn.BatchNorm2d(8, device=device)
-            y = _FusedNorm.apply(x, module.weight, module.bias, None, None, module)  # type: ignore[no-untyped-call]
+            y = _FusedNorm.apply(  # type: ignore[no-untyped-call]
+                x, module.weight, module.bias, None, None, module, False
+            )
             torch.autograd.grad(y.sum(), x)
     except Exception as error:  # Triton and the compilers behind it raise of every kind
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -119,7 +142,8 @@ class _FusedNorm(torch.autograd.Function):
         slope: Tensor | None,
         residual: Tensor | None,
         module: nn.BatchNorm2d,
-    ) -> Tensor:
+        is_forked: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         from aroface.models import norm_kernels
 
         rows, channels = x.numel() // x.shape[1], x.shape[1]
@@ -143,15 +167,16 @@ class _FusedNorm(torch.autograd.Function):
             rows, channels, *tile, slope is not None, residual is not None, num_warps=_WARPS,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, slope, found)
-        return y
+        return (y, x) if is_forked else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, of_skip: Tensor | None = None) -> tuple[Tensor | None, ...]:
         from aroface.models import norm_kernels
 
         x, weight, bias, slope, found = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_skip = None if of_skip is None else of_skip.contiguous(memory_format=torch.channels_last)
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         slopes = weight if slope is None else slope
         tile = _tile(channels)
@@ -169,11 +194,11 @@ class _FusedNorm(torch.autograd.Function):
         )
         result = torch.empty_like(x)
         norm_kernels.gradient_of_input[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
-            gradient, x, found, weight, bias, slopes, sums, result, rows, channels,
-            *tile, slope is not None, num_warps=_WARPS,
+            gradient, x, found, weight, bias, slopes, sums, gradient if of_skip is None else of_skip, result,
+            rows, channels, *tile, slope is not None, of_skip is not None, num_warps=_WARPS,
         )  # fmt: skip
         of_slope = sums[2] if wants_slope else None
-        return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None
+        return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None, None
 
 
 def _tile(channels: int) -> tuple[int, int]:

@@ -159,10 +159,10 @@ def gradient_columns(
 
 @triton.jit
 def gradient_of_input(
-    gradient, x, found, weight, bias, slope, sums, result, num_rows, channels,
-    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr,
+    gradient, x, found, weight, bias, slope, sums, of_skip, result, num_rows, channels,
+    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, has_skip: tl.constexpr,
 ):  # fmt: skip
-    """Write weight / deviation (g - mean(g) - unit mean(g unit)), g the gradient in front of the PReLU."""
+    """Write weight / deviation (g - mean(g) - unit mean(g unit)) + of_skip, g the gradient in front of the PReLU."""
     row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
     place, inside = _places(row, channel, num_rows, channels)
@@ -174,4 +174,6 @@ def gradient_of_input(
     unit, upstream, _ = _upstream(upstream, value, mean, inverse, scale, offset, steepness, has_slope)
     of_bias, of_weight = _column(sums, channel, channels), _column(sums + channels, channel, channels)
     value = scale * inverse * (upstream - (of_bias + unit * of_weight) / num_rows)
+    if has_skip:
+        value += tl.load(of_skip + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + place, value.to(result.dtype.element_ty), mask=inside)
