@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aroface.models.backbone import Backbone
 from aroface.models.iresnet import BLOCKS_PER_STAGE, STAGE_CHANNELS, conv3x3
 from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
-from aroface.models.norm import norm
+from aroface.models.norm import forked_norm, norm
 from aroface.models.prelu import PReLU
 
 __all__ = ["IRNet"]
@@ -44,9 +44,10 @@ class IRBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = _projected(self.shortcut_layer, x)
         norm_in, conv1, norm_mid, prelu, conv2, norm_out = self.res_layer
-        out = conv1(norm(norm_in, x))
+        normed, shortcut = forked_norm(norm_in, x)
+        shortcut = _projected(self.shortcut_layer, shortcut)
+        out = conv1(normed)
         out = conv2(norm(norm_mid, out, prelu=prelu))
         return norm(norm_out, out, residual=shortcut)
 

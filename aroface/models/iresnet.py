@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aroface.models.backbone import Backbone
 from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
-from aroface.models.norm import norm
+from aroface.models.norm import forked_norm, norm
 from aroface.models.prelu import PReLU
 
 __all__ = ["BLOCKS_PER_STAGE", "IResNet", "STAGE_CHANNELS", "conv3x3"]
@@ -58,11 +58,11 @@ class IBasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x
+        normed, identity = forked_norm(self.bn1, x)
         if self.downsample is not None:
             project, project_norm = self.downsample
-            identity = norm(project_norm, project(x))
-        out = self.conv1(norm(self.bn1, x))
+            identity = norm(project_norm, project(identity))
+        out = self.conv1(normed)
         out = self.conv2(norm(self.bn2, out, prelu=self.prelu))
         return norm(self.bn3, out, residual=identity)
 

@@ -3,7 +3,8 @@
 PyTorch runs batch norm, PReLU and sum one after the other, each reading and writing the whole activation, and its
 statistics on a GPU are far from the speed of the memory. Fused, a batch norm with a PReLU reads the activation twice
 and writes once in the forward pass; in the backward pass it reads gradient and activation twice and writes once. That
-is what is left of 7 and 16 passes.
+is what is left of 7 and 16 passes. Where the input also goes past the norm, the gradient of that skip is added as the
+norm's own is written.
 
 The kernels are Triton's. They run on NVIDIA GPUs for channels-last activations in training; everywhere else, and where
 Triton does not work, PyTorch's own operations do the same.
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from aroface.triton_runtime import is_interpreted, multiprocessors
 
-__all__ = ["fuse_norms", "norm"]
+__all__ = ["forked_norm", "fuse_norms", "norm"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Elements of a tile, its largest width and its warps; programs that share out the rows of a sum, for each SM.
 #: Fastest of seven combinations, or near to it, on the activations of an R100 on an H200.
 _TILE, _MOST_CHANNELS, _WARPS, _PROGRAMS = 4096, 128, 8, 4
+#: Fewest tiles that are worth a part of a sum; most parts and the channels (32 bytes) that one program adds up at once.
+_LEAST_TILES, _MOST_PARTS, _CHANNELS_OF_TOTAL = 4, 1024, 8
 
 
 def norm(module: nn.Module, x: Tensor, *, prelu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
@@ -44,13 +47,33 @@ def norm(module: nn.Module, x: Tensor, *, prelu: nn.Module | None = None, residu
     if _fits(module, x, prelu, residual) and _works(x.device):
         slope = None if prelu is None else prelu.weight
         fused: Tensor = _FusedNorm.apply(  # type: ignore[no-untyped-call]
-            x, module.weight, module.bias, slope, residual, module
+            x, module.weight, module.bias, slope, residual, module, False
         )
         return fused
     y: Tensor = module(x)
     if prelu is not None:
         y = prelu(y)
     return y if residual is None else y + residual
+
+
+def forked_norm(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`module(x)`, and `x` for what runs beside it: the skip of a residual block.
+
+    Fused, the gradients of both are added as the norm's is formed, and not in a pass of their own.
+
+    Args:
+        module: batch norm; its running statistics are updated as by a call.
+        x: (B, C, H, W).
+
+    Returns:
+        Two of (B, C, H, W); use the second in place of `x`.
+    """
+    if _fits(module, x, None, None) and _works(x.device):
+        y, skip = _FusedNorm.apply(  # type: ignore[no-untyped-call]
+            x, module.weight, module.bias, None, None, module, True
+        )
+        return y, skip
+    return module(x), x
 
 
 def fuse_norms(backbone: nn.Module, *, is_wanted: bool) -> None:
@@ -98,7 +121,9 @@ def _works(device: torch.device) -> bool:
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.ones(2, 8, 2, 2, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
             module = nn.BatchNorm2d(8, device=device)
-            y = _FusedNorm.apply(x, module.weight, module.bias, None, None, module)  # type: ignore[no-untyped-call]
+            y = _FusedNorm.apply(  # type: ignore[no-untyped-call]
+                x, module.weight, module.bias, None, None, module, False
+            )
             torch.autograd.grad(y.sum(), x)
     except Exception as error:  # Triton and the compilers behind it raise of every kind
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -117,7 +142,8 @@ class _FusedNorm(torch.autograd.Function):
         slope: Tensor | None,
         residual: Tensor | None,
         module: nn.BatchNorm2d,
-    ) -> Tensor:
+        is_forked: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         from aroface.models import norm_kernels
 
         rows, channels = x.numel() // x.shape[1], x.shape[1]
@@ -130,9 +156,10 @@ class _FusedNorm(torch.autograd.Function):
         found = weight.new_empty((2, channels))
         is_recorded = module.track_running_stats and module.running_mean is not None
         running = (module.running_mean, module.running_var, module.num_batches_tracked) if is_recorded else (found,) * 3
-        norm_kernels.statistics[(_tiles(channels, 16),)](
-            x, partial, found, *running, rows, channels, parts, module.eps, module.momentum, 64, 16, is_recorded,
-            num_warps=4,
+        tile_of_parts = _tile_of_parts(parts)
+        norm_kernels.statistics[(_tiles(channels, tile_of_parts[1]),)](
+            x, partial, found, *running, rows, channels, parts, module.eps, module.momentum,
+            *tile_of_parts, is_recorded, num_warps=_WARPS,
         )  # fmt: skip
         y = torch.empty_like(x)
         norm_kernels.normalise_rows[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
@@ -140,38 +167,49 @@ class _FusedNorm(torch.autograd.Function):
             rows, channels, *tile, slope is not None, residual is not None, num_warps=_WARPS,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, slope, found)
-        return y
+        return (y, x) if is_forked else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, of_skip: Tensor | None = None) -> tuple[Tensor | None, ...]:
         from aroface.models import norm_kernels
 
         x, weight, bias, slope, found = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_skip = None if of_skip is None else of_skip.contiguous(memory_format=torch.channels_last)
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         slopes = weight if slope is None else slope
         tile = _tile(channels)
         parts, rows_of_part = _parts(rows, channels, tile, x.device)
-        partial = weight.new_empty((2 if slope is None else 3, parts, channels))
+        wants_slope = ctx.needs_input_grad[3]  # not in an attack, where weights are constants
+        partial = weight.new_empty((3 if wants_slope else 2, parts, channels))
         norm_kernels.gradient_columns[(parts, _tiles(channels, tile[1]))](
             gradient, x, found, weight, bias, slopes, partial, rows, channels, rows_of_part,
-            *tile, slope is not None, num_warps=_WARPS,
+            *tile, slope is not None, wants_slope, num_warps=_WARPS,
         )  # fmt: skip
-        sums = partial.sum(1)
+        sums = weight.new_empty((len(partial), channels))
+        tile_of_parts = _tile_of_parts(parts)
+        norm_kernels.totals[(_tiles(channels, tile_of_parts[1]), len(partial))](
+            partial, sums, parts, channels, *tile_of_parts, num_warps=_WARPS
+        )
         result = torch.empty_like(x)
         norm_kernels.gradient_of_input[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
-            gradient, x, found, weight, bias, slopes, sums, result, rows, channels,
-            *tile, slope is not None, num_warps=_WARPS,
+            gradient, x, found, weight, bias, slopes, sums, gradient if of_skip is None else of_skip, result,
+            rows, channels, *tile, slope is not None, of_skip is not None, num_warps=_WARPS,
         )  # fmt: skip
-        of_slope = None if slope is None else sums[2]
-        return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None
+        of_slope = sums[2] if wants_slope else None
+        return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None, None
 
 
 def _tile(channels: int) -> tuple[int, int]:
     """Rows and channels of a tile; powers of two."""
     columns = min(_MOST_CHANNELS, 1 << (channels - 1).bit_length())
     return _TILE // columns, columns
+
+
+def _tile_of_parts(parts: int) -> tuple[int, int]:
+    """Parts and channels that one program adds up at once: all parts of an H200, so that it waits for memory once."""
+    return min(_MOST_PARTS, 1 << (parts - 1).bit_length()), _CHANNELS_OF_TOTAL
 
 
 def _tiles(length: int, tile: int) -> int:
@@ -181,5 +219,5 @@ def _tiles(length: int, tile: int) -> int:
 def _parts(rows: int, channels: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int]:
     """Programs that share out the rows, and the rows of each: whole tiles, enough programs for the whole GPU."""
     wanted = max(1, _PROGRAMS * multiprocessors(device) // _tiles(channels, tile[1]))
-    rows_of_part = tile[0] * _tiles(_tiles(rows, tile[0]), wanted)
+    rows_of_part = tile[0] * max(_LEAST_TILES, _tiles(_tiles(rows, tile[0]), wanted))
     return _tiles(rows, rows_of_part), rows_of_part

@@ -9,7 +9,7 @@ rows are formed in float32, in a fixed order: results do not depend on the order
 import triton
 import triton.language as tl
 
-__all__ = ["column_sums", "gradient_columns", "gradient_of_input", "normalise_rows", "statistics"]
+__all__ = ["column_sums", "gradient_columns", "gradient_of_input", "normalise_rows", "statistics", "totals"]
 
 
 @triton.jit
@@ -23,6 +23,25 @@ def _places(row, channel, last_row, channels):
 def _column(start, channel, channels):
     """Numbers of the channels, float32."""
     return tl.load(start + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _total(partial, channel, parts, channels, tile_parts: tl.constexpr, tile_channels: tl.constexpr):
+    """Sums of partial[p, channel] over all parts p; with few parts all of them are read at once."""
+    sums = tl.zeros((tile_parts, tile_channels), tl.float32)
+    for start in range(0, parts, tile_parts):
+        place, inside = _places(start + tl.arange(0, tile_parts), channel, parts, channels)
+        sums += tl.load(partial + place, mask=inside, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def totals(partial, sums, parts, channels, tile_parts: tl.constexpr, tile_channels: tl.constexpr):
+    """sums[k, c] = sum over p of partial[k, p, c]."""
+    channel = tl.program_id(0) * tile_channels + tl.arange(0, tile_channels)
+    kind = tl.program_id(1)
+    total = _total(partial + kind * parts * channels, channel, parts, channels, tile_parts, tile_channels)
+    tl.store(sums + kind * channels + channel, total, mask=channel < channels)
 
 
 @triton.jit
@@ -57,15 +76,11 @@ def statistics(
 ):  # fmt: skip
     """found[0] = mean, found[1] = 1 / sqrt(variance + eps) from `column_sums`; running statistics move along."""
     channel = tl.program_id(0) * tile_channels + tl.arange(0, tile_channels)
-    sums = tl.zeros((tile_parts, tile_channels), tl.float32)
-    squares = tl.zeros((tile_parts, tile_channels), tl.float32)
-    for start in range(0, parts, tile_parts):
-        place, inside = _places(start + tl.arange(0, tile_parts), channel, parts, channels)
-        sums += tl.load(partial + place, mask=inside, other=0.0)
-        squares += tl.load(partial + parts * channels + place, mask=inside, other=0.0)
+    sums = _total(partial, channel, parts, channels, tile_parts, tile_channels)
+    squares = _total(partial + parts * channels, channel, parts, channels, tile_parts, tile_channels)
     exists = channel < channels
-    offset = tl.sum(sums, 0) / num_rows
-    variance = tl.maximum(tl.sum(squares, 0) / num_rows - offset * offset, 0.0)
+    offset = sums / num_rows
+    variance = tl.maximum(squares / num_rows - offset * offset, 0.0)
     mean = tl.load(x + channel, mask=exists, other=0.0).to(tl.float32) + offset
     tl.store(found + channel, mean, mask=exists)
     tl.store(found + channels + channel, 1.0 / tl.sqrt(variance + eps), mask=exists)
@@ -113,9 +128,9 @@ def _upstream(gradient, x, mean, inverse, weight, bias, slope, has_slope: tl.con
 @triton.jit
 def gradient_columns(
     gradient, x, found, weight, bias, slope, partial, num_rows, channels, rows_of_program,
-    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr,
+    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, wants_slope: tl.constexpr,
 ):  # fmt: skip
-    """partial[k, p, c]: gradients of bias, weight and slope (k = 0, 1, 2), summed over the rows of program p."""
+    """partial[k, p, c]: gradients of bias, weight and, if wanted, slope (k = 0, 1, 2), summed over the rows of p."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
     mean, inverse = _column(found, channel, channels), _column(found + channels, channel, channels)
@@ -133,21 +148,21 @@ def gradient_columns(
         unit, upstream, bent = _upstream(upstream, value, mean, inverse, scale, offset, steepness, has_slope)
         of_bias += upstream
         of_weight += upstream * unit
-        if has_slope:
+        if wants_slope:
             of_slope += bent
     place = part * channels + channel
     tl.store(partial + place, tl.sum(of_bias, 0), mask=channel < channels)
     tl.store(partial + parts * channels + place, tl.sum(of_weight, 0), mask=channel < channels)
-    if has_slope:
+    if wants_slope:
         tl.store(partial + 2 * parts * channels + place, tl.sum(of_slope, 0), mask=channel < channels)
 
 
 @triton.jit
 def gradient_of_input(
-    gradient, x, found, weight, bias, slope, sums, result, num_rows, channels,
-    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr,
+    gradient, x, found, weight, bias, slope, sums, of_skip, result, num_rows, channels,
+    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, has_skip: tl.constexpr,
 ):  # fmt: skip
-    """Write weight / deviation (g - mean(g) - unit mean(g unit)), g the gradient in front of the PReLU."""
+    """Write weight / deviation (g - mean(g) - unit mean(g unit)) + of_skip, g the gradient in front of the PReLU."""
     row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
     place, inside = _places(row, channel, num_rows, channels)
@@ -159,4 +174,6 @@ def gradient_of_input(
     unit, upstream, _ = _upstream(upstream, value, mean, inverse, scale, offset, steepness, has_slope)
     of_bias, of_weight = _column(sums, channel, channels), _column(sums + channels, channel, channels)
     value = scale * inverse * (upstream - (of_bias + unit * of_weight) / num_rows)
+    if has_skip:
+        value += tl.load(of_skip + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + place, value.to(result.dtype.element_ty), mask=inside)

@@ -18,9 +18,16 @@ def test_norms(shape, dtype, has_prelu, has_residual):
     fused_norms.norm_against_float64(shape, dtype, "cuda", has_prelu=has_prelu, has_residual=has_residual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*fused_norms.SHAPES, (64, 64, 56, 56)])
+def test_a_fork(shape, dtype):
+    fused_norms.fork_against_float64(shape, dtype, "cuda")
+
+
 def test_statistics():
     fused_norms.variance_beside_a_large_mean("cuda")
     fused_norms.statistics_that_are_not_recorded("cuda")
+    fused_norms.constant_weights("cuda")
 
 
 @pytest.mark.parametrize("family", ["iresnet", "ir", "mobilefacenet"])

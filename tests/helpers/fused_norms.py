@@ -11,7 +11,7 @@ from aroface.models.backbone import Backbone
 from aroface.models.ir import IRNet
 from aroface.models.iresnet import IResNet
 from aroface.models.mobilefacenet import MobileFaceNet
-from aroface.models.norm import fuse_norms, norm
+from aroface.models.norm import forked_norm, fuse_norms, norm
 
 #: (B, C, H, W): one tile and several, channels that fill no tile, more channels than a tile has
 SHAPES = [(2, 8, 1, 1), (2, 16, 3, 3), (3, 24, 5, 4), (2, 130, 9, 8), (5, 64, 14, 14)]
@@ -64,6 +64,39 @@ def norm_against_float64(
     _near(module.running_mean, exact.running_mean, 1e-5)
     _near(module.running_var, exact.running_var, 1e-4)
     assert int(module.num_batches_tracked) == 1
+
+
+def fork_against_float64(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+    """The norm, its input for a skip, and the gradient of the input through both; strides of every kind come back."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, of_norm, of_skip = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(3))
+    module = nn.BatchNorm2d(shape[1])
+    exact = copy.deepcopy(module).double()
+    module = module.to(device)
+    found = x.to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    wanted = x.detach().double().requires_grad_()
+    y, skip = forked_norm(module, found)
+    assert torch.equal(skip, found)
+    assert y.grad_fn is skip.grad_fn  # one backward pass takes both gradients
+    torch.autograd.backward((y, skip), (of_norm.to(device), of_skip.to(device)))
+    torch.autograd.backward((exact(wanted), wanted), (of_norm.double(), of_skip.double()))
+    _near(y, exact(wanted), _ROUNDING[dtype])
+    _near(found.grad, wanted.grad, _ROUNDING[dtype], least=_ROUNDING[dtype])
+    for one, other in zip(module.parameters(), exact.parameters(), strict=True):
+        _near(one.grad, other.grad, 1e-4)
+
+
+def constant_weights(device: str) -> None:
+    """As the attack wants them: the gradient of the input is the same, those of the weights are not formed."""
+    module, prelu = nn.BatchNorm2d(24).to(device), nn.PReLU(24).to(device)
+    x = torch.randn(3, 24, 5, 4).to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (wanted,) = torch.autograd.grad(norm(module, x, prelu=prelu).square().sum(), x)
+    for parameter in (*module.parameters(), *prelu.parameters()):
+        parameter.requires_grad_(False)
+    norm(module, x, prelu=prelu).square().sum().backward()
+    assert torch.equal(x.grad, wanted)
+    assert module.weight.grad is None
+    assert prelu.weight.grad is None
 
 
 def variance_beside_a_large_mean(device: str) -> None:
@@ -140,6 +173,10 @@ if __name__ == "__main__":
         for prelu_follows, residual_follows in FOLLOWERS:
             for kind in (torch.float32, torch.bfloat16):
                 norm_against_float64(each, kind, "cpu", has_prelu=prelu_follows, has_residual=residual_follows)
+    for kind in _ROUNDING:
+        fork_against_float64(SHAPES[2], kind, "cpu")
+        fork_against_float64(SHAPES[3], kind, "cpu")
+    constant_weights("cpu")
     variance_beside_a_large_mean("cpu")
     statistics_that_are_not_recorded("cpu")
     for family in ("iresnet", "ir"):  # a MobileFaceNet takes half a minute in the interpreter

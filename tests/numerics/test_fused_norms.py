@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aroface.models import norm as fused
-from aroface.models.norm import fuse_norms, norm
+from aroface.models.norm import forked_norm, fuse_norms, norm
 from tests.helpers.fused_norms import networks
 from tests.helpers.interpreter import run_in_interpreter
 
@@ -29,10 +29,11 @@ def _image(channels=8, size=3):
 
 
 def test_every_norm_of_every_network_runs_fused(as_on_a_gpu, monkeypatch):
-    def plain(x, weight, bias, slope, residual, module):
+    def plain(x, weight, bias, slope, residual, module, is_forked):
         seen.append(module)
         y = module(x) if slope is None else torch.nn.functional.prelu(module(x), slope)
-        return y if residual is None else y + residual
+        y = y if residual is None else y + residual
+        return (y, x) if is_forked else y
 
     monkeypatch.setattr(fused._FusedNorm, "apply", plain)
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -76,6 +77,9 @@ def test_without_kernels_it_is_pytorchs_own():
     twin = copy.deepcopy(module)
     assert torch.equal(norm(module, x, prelu=prelu, residual=residual), prelu(twin(x)) + residual)
     assert torch.equal(module.running_mean, twin.running_mean)
+    y, skip = forked_norm(module, x)
+    assert torch.equal(y, twin(x))
+    assert skip is x
 
 
 def test_kernels_that_fail_are_left_alone_and_it_is_said(monkeypatch, caplog):
