@@ -25,11 +25,14 @@ __all__ = ["forked_norm", "fuse_norms", "norm"]
 logger = logging.getLogger(__name__)
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: Elements of a tile, its largest width and its warps; programs that share out the rows of a sum, for each SM.
-#: Fastest of seven combinations, or near to it, on the activations of an R100 on an H200.
-_TILE, _MOST_CHANNELS, _WARPS, _PROGRAMS = 4096, 128, 8, 4
-#: Fewest tiles that are worth a part of a sum; most parts and the channels (32 bytes) that one program adds up at once.
-_LEAST_TILES, _MOST_PARTS, _CHANNELS_OF_TOTAL = 4, 1024, 8
+#: Elements of a tile of the passes that write, and of those that only sum; its largest width and its warps.
+_TILE, _TILE_OF_SUMS, _MOST_CHANNELS, _WARPS = 4096, 2048, 128, 8
+#: Programs that share out the rows of a sum, for each SM: as many as its registers hold, fewer where there is a PReLU.
+_PROGRAMS, _PROGRAMS_WITH_SLOPES = 4, 2
+#: Tiles of a sum that are read ahead, and the one at work; fewest tiles that are worth a part of a sum.
+_STAGES, _LEAST_TILES = 4, 4
+#: Most parts, and the channels (32 bytes), that one program adds up at once.
+_MOST_PARTS, _CHANNELS_OF_TOTAL = 1024, 8
 
 
 def norm(module: nn.Module, x: Tensor, *, prelu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
@@ -147,11 +150,11 @@ class _FusedNorm(torch.autograd.Function):
         from aroface.models import norm_kernels
 
         rows, channels = x.numel() // x.shape[1], x.shape[1]
-        tile = _tile(channels)
-        parts, rows_of_part = _parts(rows, channels, tile, x.device)
+        tile = _tile(channels, _TILE_OF_SUMS)
+        parts = _parts(rows, channels, tile, _PROGRAMS * multiprocessors(x.device))
         partial = weight.new_empty((2, parts, channels))
         norm_kernels.column_sums[(parts, _tiles(channels, tile[1]))](
-            x, partial, rows, channels, rows_of_part, *tile, num_warps=_WARPS
+            x, partial, rows, channels, *tile, _STAGES, num_warps=_WARPS
         )
         found = weight.new_empty((2, channels))
         is_recorded = module.track_running_stats and module.running_mean is not None
@@ -161,8 +164,8 @@ class _FusedNorm(torch.autograd.Function):
             x, partial, found, *running, rows, channels, parts, module.eps, module.momentum,
             *tile_of_parts, is_recorded, num_warps=_WARPS,
         )  # fmt: skip
-        y = torch.empty_like(x)
-        norm_kernels.normalise_rows[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
+        y, tile = torch.empty_like(x), _tile(channels, _TILE)
+        norm_kernels.normalise_rows[(_tiles(rows, tile[0]) * _tiles(channels, tile[1]),)](
             x, found, weight, bias, weight if slope is None else slope, x if residual is None else residual, y,
             rows, channels, *tile, slope is not None, residual is not None, num_warps=_WARPS,
         )  # fmt: skip
@@ -179,21 +182,22 @@ class _FusedNorm(torch.autograd.Function):
         of_skip = None if of_skip is None else of_skip.contiguous(memory_format=torch.channels_last)
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         slopes = weight if slope is None else slope
-        tile = _tile(channels)
-        parts, rows_of_part = _parts(rows, channels, tile, x.device)
+        tile = _tile(channels, _TILE_OF_SUMS)
+        programs = _PROGRAMS if slope is None else _PROGRAMS_WITH_SLOPES
+        parts = _parts(rows, channels, tile, programs * multiprocessors(x.device))
         wants_slope = ctx.needs_input_grad[3]  # not in an attack, where weights are constants
         partial = weight.new_empty((3 if wants_slope else 2, parts, channels))
         norm_kernels.gradient_columns[(parts, _tiles(channels, tile[1]))](
-            gradient, x, found, weight, bias, slopes, partial, rows, channels, rows_of_part,
-            *tile, slope is not None, wants_slope, num_warps=_WARPS,
+            gradient, x, found, weight, bias, slopes, partial, rows, channels,
+            *tile, _STAGES, slope is not None, wants_slope, num_warps=_WARPS,
         )  # fmt: skip
         sums = weight.new_empty((len(partial), channels))
         tile_of_parts = _tile_of_parts(parts)
         norm_kernels.totals[(_tiles(channels, tile_of_parts[1]), len(partial))](
             partial, sums, parts, channels, *tile_of_parts, num_warps=_WARPS
         )
-        result = torch.empty_like(x)
-        norm_kernels.gradient_of_input[(_tiles(rows, tile[0]), _tiles(channels, tile[1]))](
+        result, tile = torch.empty_like(x), _tile(channels, _TILE)
+        norm_kernels.gradient_of_input[(_tiles(rows, tile[0]) * _tiles(channels, tile[1]),)](
             gradient, x, found, weight, bias, slopes, sums, gradient if of_skip is None else of_skip, result,
             rows, channels, *tile, slope is not None, of_skip is not None, num_warps=_WARPS,
         )  # fmt: skip
@@ -201,10 +205,10 @@ class _FusedNorm(torch.autograd.Function):
         return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None, None
 
 
-def _tile(channels: int) -> tuple[int, int]:
+def _tile(channels: int, elements: int) -> tuple[int, int]:
     """Rows and channels of a tile; powers of two."""
     columns = min(_MOST_CHANNELS, 1 << (channels - 1).bit_length())
-    return _TILE // columns, columns
+    return elements // columns, columns
 
 
 def _tile_of_parts(parts: int) -> tuple[int, int]:
@@ -216,8 +220,7 @@ def _tiles(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
-def _parts(rows: int, channels: int, tile: tuple[int, int], device: torch.device) -> tuple[int, int]:
-    """Programs that share out the rows, and the rows of each: whole tiles, enough programs for the whole GPU."""
-    wanted = max(1, _PROGRAMS * multiprocessors(device) // _tiles(channels, tile[1]))
-    rows_of_part = tile[0] * max(_LEAST_TILES, _tiles(_tiles(rows, tile[0]), wanted))
-    return _tiles(rows, rows_of_part), rows_of_part
+def _parts(rows: int, channels: int, tile: tuple[int, int], programs: int) -> int:
+    """Into how many parts the rows are shared out, so that all tiles across keep `programs` busy."""
+    tiles = _tiles(rows, tile[0])
+    return max(1, min(programs // _tiles(channels, tile[1]), tiles // _LEAST_TILES))

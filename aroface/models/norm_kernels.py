@@ -26,6 +26,13 @@ def _column(start, channel, channels):
 
 
 @triton.jit
+def _mean_and_gain(found, weight, channel, channels):
+    """Mean, and weight / deviation."""
+    gain = _column(found + channels, channel, channels) * _column(weight, channel, channels)
+    return _column(found, channel, channels), gain
+
+
+@triton.jit
 def _total(partial, channel, parts, channels, tile_parts: tl.constexpr, tile_channels: tl.constexpr):
     """Sums of partial[p, channel] over all parts p; with few parts all of them are read at once."""
     sums = tl.zeros((tile_parts, tile_channels), tl.float32)
@@ -46,9 +53,9 @@ def totals(partial, sums, parts, channels, tile_parts: tl.constexpr, tile_channe
 
 @triton.jit
 def column_sums(
-    x, partial, num_rows, channels, rows_of_program, tile_rows: tl.constexpr, tile_channels: tl.constexpr
+    x, partial, num_rows, channels, tile_rows: tl.constexpr, tile_channels: tl.constexpr, stages: tl.constexpr
 ):  # fmt: skip
-    """partial[0, p, c] = sum of x - shift, partial[1, p, c] of its square, over the rows of program p.
+    """partial[0, p, c] = sum of x - shift, partial[1, p, c] of its square, over the tiles p, p + P, p + 2 P ...
 
     The shift is the first row: near to the mean, so that the square of the mean does not swallow the variance.
     """
@@ -57,10 +64,8 @@ def column_sums(
     shift = _column(x, channel, channels)
     sums = tl.zeros((tile_rows, tile_channels), tl.float32)
     squares = tl.zeros((tile_rows, tile_channels), tl.float32)
-    first = part * rows_of_program
-    last = tl.minimum(first + rows_of_program, num_rows)
-    for start in range(first, last, tile_rows):
-        place, inside = _places(start + tl.arange(0, tile_rows), channel, last, channels)
+    for start in tl.range(part * tile_rows, num_rows, parts * tile_rows, num_stages=stages):
+        place, inside = _places(start + tl.arange(0, tile_rows), channel, num_rows, channels)
         centred = tl.where(inside, tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - shift, 0.0)
         sums += centred
         squares += centred * centred
@@ -95,17 +100,28 @@ def statistics(
 
 
 @triton.jit
+def _tile_from_the_end(num_rows, channels, tile_rows: tl.constexpr, tile_channels: tl.constexpr):
+    """Rows and channels of a program's tile; the first programs take the last rows.
+
+    Those were read last by the sums in front of this pass: what of them is left in the cache is used before it goes.
+    """
+    across = tl.cdiv(channels, tile_channels)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = program // across * tile_rows + tl.arange(0, tile_rows)
+    return row, program % across * tile_channels + tl.arange(0, tile_channels)
+
+
+@triton.jit
 def normalise_rows(
     x, found, weight, bias, slope, residual, y, num_rows, channels,
     tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, has_residual: tl.constexpr,
 ):  # fmt: skip
     """Write prelu(weight (x - mean) / deviation + bias) + residual."""
-    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
-    channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
+    row, channel = _tile_from_the_end(num_rows, channels, tile_rows, tile_channels)
     place, inside = _places(row, channel, num_rows, channels)
-    mean, inverse = _column(found, channel, channels), _column(found + channels, channel, channels)
+    mean, gain = _mean_and_gain(found, weight, channel, channels)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value = (value - mean) * (inverse * _column(weight, channel, channels)) + _column(bias, channel, channels)
+    value = (value - mean) * gain + _column(bias, channel, channels)
     if has_slope:
         value = tl.where(value > 0, value, value * _column(slope, channel, channels))
     if has_residual:
@@ -114,47 +130,43 @@ def normalise_rows(
 
 
 @triton.jit
-def _upstream(gradient, x, mean, inverse, weight, bias, slope, has_slope: tl.constexpr):
-    """(x - mean) / deviation, the gradient in front of the PReLU, and that of the slopes before it is summed."""
-    unit = (x - mean) * inverse
-    of_slope = unit
-    if has_slope:
-        value = unit * weight + bias
-        of_slope = tl.where(value > 0, 0.0, gradient * value)
-        gradient = tl.where(value > 0, gradient, gradient * slope)
-    return unit, gradient, of_slope
+def _through_prelu(gradient, centred, gain, offset, steepness):
+    """The gradient in front of the PReLU, and that of the slopes before it is summed."""
+    value = centred * gain + offset
+    is_bent = value <= 0
+    return tl.where(is_bent, gradient * steepness, gradient), tl.where(is_bent, gradient * value, 0.0)
 
 
 @triton.jit
 def gradient_columns(
-    gradient, x, found, weight, bias, slope, partial, num_rows, channels, rows_of_program,
-    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, wants_slope: tl.constexpr,
+    gradient, x, found, weight, bias, slope, partial, num_rows, channels, tile_rows: tl.constexpr,
+    tile_channels: tl.constexpr, stages: tl.constexpr, has_slope: tl.constexpr, wants_slope: tl.constexpr,
 ):  # fmt: skip
-    """partial[k, p, c]: gradients of bias, weight and, if wanted, slope (k = 0, 1, 2), summed over the rows of p."""
+    """partial[k, p, c]: gradients of bias, weight and, if wanted, slope (k = 0, 1, 2), summed over the tiles of p."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
-    mean, inverse = _column(found, channel, channels), _column(found + channels, channel, channels)
-    scale, offset = _column(weight, channel, channels), _column(bias, channel, channels)
-    steepness = _column(slope, channel, channels) if has_slope else scale
+    mean, gain = _mean_and_gain(found, weight, channel, channels)
+    offset, steepness = _column(bias, channel, channels), _column(slope, channel, channels)
     of_bias = tl.zeros((tile_rows, tile_channels), tl.float32)
-    of_weight = tl.zeros((tile_rows, tile_channels), tl.float32)
+    of_gain = tl.zeros((tile_rows, tile_channels), tl.float32)
     of_slope = tl.zeros((tile_rows, tile_channels), tl.float32)
-    first = part * rows_of_program
-    last = tl.minimum(first + rows_of_program, num_rows)
-    for start in range(first, last, tile_rows):
-        place, inside = _places(start + tl.arange(0, tile_rows), channel, last, channels)
+    for start in tl.range(part * tile_rows, num_rows, parts * tile_rows, num_stages=stages):
+        place, inside = _places(start + tl.arange(0, tile_rows), channel, num_rows, channels)
         upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)  # zero outside: adds nothing
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        unit, upstream, bent = _upstream(upstream, value, mean, inverse, scale, offset, steepness, has_slope)
+        centred = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean
+        if has_slope:
+            upstream, bent = _through_prelu(upstream, centred, gain, offset, steepness)
+            if wants_slope:
+                of_slope += bent
         of_bias += upstream
-        of_weight += upstream * unit
-        if wants_slope:
-            of_slope += bent
+        of_gain += upstream * centred
+    exists = channel < channels
     place = part * channels + channel
-    tl.store(partial + place, tl.sum(of_bias, 0), mask=channel < channels)
-    tl.store(partial + parts * channels + place, tl.sum(of_weight, 0), mask=channel < channels)
+    inverse = tl.load(found + channels + channel, mask=exists, other=0.0)
+    tl.store(partial + place, tl.sum(of_bias, 0), mask=exists)
+    tl.store(partial + parts * channels + place, tl.sum(of_gain, 0) * inverse, mask=exists)
     if wants_slope:
-        tl.store(partial + 2 * parts * channels + place, tl.sum(of_slope, 0), mask=channel < channels)
+        tl.store(partial + 2 * parts * channels + place, tl.sum(of_slope, 0), mask=exists)
 
 
 @triton.jit
@@ -162,18 +174,21 @@ def gradient_of_input(
     gradient, x, found, weight, bias, slope, sums, of_skip, result, num_rows, channels,
     tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, has_skip: tl.constexpr,
 ):  # fmt: skip
-    """Write weight / deviation (g - mean(g) - unit mean(g unit)) + of_skip, g the gradient in front of the PReLU."""
-    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
-    channel = tl.program_id(1) * tile_channels + tl.arange(0, tile_channels)
+    """Write weight / deviation (g - mean(g) - unit mean(g unit)) + of_skip.
+
+    g is the gradient in front of the PReLU, unit = (x - mean) / deviation.
+    """
+    row, channel = _tile_from_the_end(num_rows, channels, tile_rows, tile_channels)
     place, inside = _places(row, channel, num_rows, channels)
-    mean, inverse = _column(found, channel, channels), _column(found + channels, channel, channels)
-    scale, offset = _column(weight, channel, channels), _column(bias, channel, channels)
-    steepness = _column(slope, channel, channels) if has_slope else scale
+    mean, gain = _mean_and_gain(found, weight, channel, channels)
     upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    unit, upstream, _ = _upstream(upstream, value, mean, inverse, scale, offset, steepness, has_slope)
-    of_bias, of_weight = _column(sums, channel, channels), _column(sums + channels, channel, channels)
-    value = scale * inverse * (upstream - (of_bias + unit * of_weight) / num_rows)
+    centred = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean
+    if has_slope:
+        offset, steepness = _column(bias, channel, channels), _column(slope, channel, channels)
+        upstream, _ = _through_prelu(upstream, centred, gain, offset, steepness)
+    mean_gradient = _column(sums, channel, channels) / num_rows
+    tilt = _column(sums + channels, channel, channels) * _column(found + channels, channel, channels) / num_rows
+    value = gain * (upstream - mean_gradient - centred * tilt)
     if has_skip:
         value += tl.load(of_skip + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + place, value.to(result.dtype.element_ty), mask=inside)
