@@ -39,7 +39,7 @@ class _Tiles(NamedTuple):
 
 
 #: Hopper and data-centre Blackwell (compute capability 9 and 10): 228 KiB of shared memory, a copy engine
-_NEW_TILES = {"fp32": _Tiles(64, 64, 32, 3, 8, 2, True), "bf16": _Tiles(128, 256, 64, 4, 8, 1, True)}
+_NEW_TILES = {"fp32": _Tiles(128, 128, 32, 3, 8, 1, True), "bf16": _Tiles(128, 256, 64, 4, 8, 1, True)}
 _TILES = {"fp32": _Tiles(64, 64, 32, 3, 8, 2, False), "bf16": _Tiles(128, 128, 64, 3, 8, 2, False)}
 #: Numbers of a chunk of centres and of its softmax: 48 MiB in bf16, the second-level cache of an H100.
 _CHUNK_NUMBERS = 24 * 2**20
@@ -72,8 +72,11 @@ def check_fused(config: HeadConfig) -> None:
 
 
 def is_fused_faster(config: HeadConfig, device: torch.device) -> bool:
-    """Whether the kernels can be had there and were faster than chunks: in bf16 (docs/results/h200.md)."""
-    if device.type != "cuda" or config.logit_precision != "bf16":
+    """Whether the kernels can be had there and were faster than chunks: in bf16, on new GPUs also in fp32.
+
+    Measured on an H200 (docs/results/h200.md).
+    """
+    if device.type != "cuda" or (config.logit_precision == "fp32" and not _is_new(device)):
         return False
     try:
         check_fused(config)
@@ -229,8 +232,11 @@ class _Chunks:
 
 
 def _tiles(precision: str, device: torch.device) -> _Tiles:
-    is_new = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return (_NEW_TILES if is_new else _TILES)[precision]
+    return (_NEW_TILES if _is_new(device) else _TILES)[precision]
+
+
+def _is_new(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _through_length(gradient: Tensor, centres: Tensor) -> None:

@@ -16,6 +16,7 @@ from aroface.models.iresnet import BLOCKS_PER_STAGE, STAGE_CHANNELS, conv3x3
 from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
 from aroface.models.norm import forked_norm, norm
 from aroface.models.prelu import PReLU
+from aroface.models.stem import stem
 
 __all__ = ["IRNet"]
 
@@ -117,7 +118,7 @@ class IRNet(Backbone):
         """Embeddings (B, embedding_dim), un-normalised, float32 also under autocast."""
         self._check_images(images)
         conv, first_norm, prelu = self.input_layer
-        x = norm(first_norm, conv(images), prelu=prelu)
+        x = norm(first_norm, stem(conv, images), prelu=prelu)
         for block in self.body:
             x = self._run(block, x)
         neck_norm, dropout, flatten, linear, last_norm = self.output_layer

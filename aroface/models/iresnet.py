@@ -16,6 +16,7 @@ from aroface.models.backbone import Backbone
 from aroface.models.neck import Fp32BatchNorm1d, Fp32Linear, in_fp32
 from aroface.models.norm import forked_norm, norm
 from aroface.models.prelu import PReLU
+from aroface.models.stem import stem
 
 __all__ = ["BLOCKS_PER_STAGE", "IResNet", "STAGE_CHANNELS", "conv3x3"]
 
@@ -131,7 +132,7 @@ class IResNet(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, embedding_dim), float32 also under autocast."""
         self._check_images(images)
-        x = norm(self.bn1, self.conv1(images), prelu=self.prelu)
+        x = norm(self.bn1, stem(self.conv1, images), prelu=self.prelu)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = self._run(block, x)

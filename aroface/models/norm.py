@@ -6,8 +6,10 @@ and writes once in the forward pass; in the backward pass it reads gradient and 
 is what is left of 7 and 16 passes. Where the input also goes past the norm, the gradient of that skip is added as the
 norm's own is written.
 
-The kernels are Triton's. They run on NVIDIA GPUs for channels-last activations in training; everywhere else, and where
-Triton does not work, PyTorch's own operations do the same.
+With running averages, in an attack that uses them, one pass does it each way: nothing is summed that nobody wants.
+
+The kernels are Triton's. They run on NVIDIA GPUs for channels-last activations where gradients are wanted; everywhere
+else, and where Triton does not work, PyTorch's own operations do the same.
 """
 
 import functools
@@ -91,8 +93,7 @@ def _fits(module: nn.Module, x: Tensor, prelu: nn.Module | None, residual: Tenso
         not torch.compiler.is_compiling()
         and (x.is_cuda or is_interpreted())
         and type(module) is nn.BatchNorm2d  # none that is synchronised between ranks
-        and module.training
-        and module.momentum is not None
+        and _has_statistics(module, x)
         and not getattr(module, "is_never_fused", False)
         and x.dtype in _TYPES
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -104,6 +105,13 @@ def _fits(module: nn.Module, x: Tensor, prelu: nn.Module | None, residual: Tenso
             or (residual.dtype == x.dtype and residual.is_contiguous(memory_format=torch.channels_last))
         )
     )  # fmt: skip
+
+
+def _has_statistics(module: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Of the batch, or the running averages where gradients are wanted: an attack, or a run with frozen norms."""
+    if module.training:
+        return module.momentum is not None
+    return torch.is_grad_enabled() and _is_at_hand(module.running_mean, x) and _is_at_hand(module.running_var, x)
 
 
 def _has_slopes(prelu: nn.Module, x: Tensor) -> bool:
@@ -150,26 +158,14 @@ class _FusedNorm(torch.autograd.Function):
         from aroface.models import norm_kernels
 
         rows, channels = x.numel() // x.shape[1], x.shape[1]
-        tile = _tile(channels, _TILE_OF_SUMS)
-        parts = _parts(rows, channels, tile, _PROGRAMS * multiprocessors(x.device))
-        partial = weight.new_empty((2, parts, channels))
-        norm_kernels.column_sums[(parts, _tiles(channels, tile[1]))](
-            x, partial, rows, channels, *tile, _STAGES, num_warps=_WARPS
-        )
-        found = weight.new_empty((2, channels))
-        is_recorded = module.track_running_stats and module.running_mean is not None
-        running = (module.running_mean, module.running_var, module.num_batches_tracked) if is_recorded else (found,) * 3
-        tile_of_parts = _tile_of_parts(parts)
-        norm_kernels.statistics[(_tiles(channels, tile_of_parts[1]),)](
-            x, partial, found, *running, rows, channels, parts, module.eps, module.momentum,
-            *tile_of_parts, is_recorded, num_warps=_WARPS,
-        )  # fmt: skip
+        found = _batch_statistics(x, module) if module.training else _running_statistics(module)
         y, tile = torch.empty_like(x), _tile(channels, _TILE)
         norm_kernels.normalise_rows[(_tiles(rows, tile[0]) * _tiles(channels, tile[1]),)](
             x, found, weight, bias, weight if slope is None else slope, x if residual is None else residual, y,
             rows, channels, *tile, slope is not None, residual is not None, num_warps=_WARPS,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, slope, found)
+        ctx.is_frozen = not module.training
         return (y, x) if is_forked else y
 
     @staticmethod
@@ -182,27 +178,75 @@ class _FusedNorm(torch.autograd.Function):
         of_skip = None if of_skip is None else of_skip.contiguous(memory_format=torch.channels_last)
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         slopes = weight if slope is None else slope
-        tile = _tile(channels, _TILE_OF_SUMS)
-        programs = _PROGRAMS if slope is None else _PROGRAMS_WITH_SLOPES
-        parts = _parts(rows, channels, tile, programs * multiprocessors(x.device))
-        wants_slope = ctx.needs_input_grad[3]  # not in an attack, where weights are constants
-        partial = weight.new_empty((3 if wants_slope else 2, parts, channels))
-        norm_kernels.gradient_columns[(parts, _tiles(channels, tile[1]))](
-            gradient, x, found, weight, bias, slopes, partial, rows, channels,
-            *tile, _STAGES, slope is not None, wants_slope, num_warps=_WARPS,
-        )  # fmt: skip
-        sums = weight.new_empty((len(partial), channels))
-        tile_of_parts = _tile_of_parts(parts)
-        norm_kernels.totals[(_tiles(channels, tile_of_parts[1]), len(partial))](
-            partial, sums, parts, channels, *tile_of_parts, num_warps=_WARPS
-        )
+        sums = None
+        # In an attack weights are constants; through the statistics of a batch the input depends on the sums too.
+        if not ctx.is_frozen or any(ctx.needs_input_grad[1:4]):
+            sums = _gradient_sums(ctx, gradient)
         result, tile = torch.empty_like(x), _tile(channels, _TILE)
         norm_kernels.gradient_of_input[(_tiles(rows, tile[0]) * _tiles(channels, tile[1]),)](
-            gradient, x, found, weight, bias, slopes, sums, gradient if of_skip is None else of_skip, result,
-            rows, channels, *tile, slope is not None, of_skip is not None, num_warps=_WARPS,
+            gradient, x, found, weight, bias, slopes, found if sums is None else sums,
+            gradient if of_skip is None else of_skip, result,
+            rows, channels, *tile, slope is not None, of_skip is not None, ctx.is_frozen, num_warps=_WARPS,
         )  # fmt: skip
-        of_slope = sums[2] if wants_slope else None
-        return result, sums[1], sums[0], of_slope, gradient if ctx.needs_input_grad[4] else None, None, None
+        of_bias, of_weight, of_slope = (None, None, None) if sums is None else (*sums, None)[:3]
+        return result, of_weight, of_bias, of_slope, gradient if ctx.needs_input_grad[4] else None, None, None
+
+
+def _batch_statistics(x: Tensor, module: nn.BatchNorm2d) -> Tensor:
+    """(2, C) mean and 1 / deviation of the batch, taken into the running averages if there are any."""
+    from aroface.models import norm_kernels
+
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    tile = _tile(channels, _TILE_OF_SUMS)
+    parts = _parts(rows, channels, tile, _PROGRAMS * multiprocessors(x.device))
+    partial = module.weight.new_empty((2, parts, channels))
+    norm_kernels.column_sums[(parts, _tiles(channels, tile[1]))](
+        x, partial, rows, channels, *tile, _STAGES, num_warps=_WARPS
+    )
+    found = module.weight.new_empty((2, channels))
+    is_recorded = module.track_running_stats and module.running_mean is not None
+    running = (module.running_mean, module.running_var, module.num_batches_tracked) if is_recorded else (found,) * 3
+    tile_of_parts = _tile_of_parts(parts)
+    norm_kernels.statistics[(_tiles(channels, tile_of_parts[1]),)](
+        x, partial, found, *running, rows, channels, parts, module.eps, module.momentum,
+        *tile_of_parts, is_recorded, num_warps=_WARPS,
+    )  # fmt: skip
+    return found
+
+
+def _running_statistics(module: nn.BatchNorm2d) -> Tensor:
+    """(2, C) mean and 1 / deviation of the running averages."""
+    from aroface.models import norm_kernels
+
+    channels = module.num_features
+    found = module.weight.new_empty((2, channels))
+    norm_kernels.running_statistics[(_tiles(channels, _MOST_CHANNELS),)](
+        module.running_mean, module.running_var, found, channels, module.eps, _MOST_CHANNELS, num_warps=1
+    )
+    return found
+
+
+def _gradient_sums(ctx: Any, gradient: Tensor) -> Tensor:
+    """(2 or 3, C) gradients of bias, weight and, if wanted, slope."""
+    from aroface.models import norm_kernels
+
+    x, weight, bias, slope, found = ctx.saved_tensors
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    tile = _tile(channels, _TILE_OF_SUMS)
+    programs = _PROGRAMS if slope is None else _PROGRAMS_WITH_SLOPES
+    parts = _parts(rows, channels, tile, programs * multiprocessors(x.device))
+    wants_slope = ctx.needs_input_grad[3]
+    partial = weight.new_empty((3 if wants_slope else 2, parts, channels))
+    norm_kernels.gradient_columns[(parts, _tiles(channels, tile[1]))](
+        gradient, x, found, weight, bias, weight if slope is None else slope, partial, rows, channels,
+        *tile, _STAGES, slope is not None, wants_slope, num_warps=_WARPS,
+    )  # fmt: skip
+    sums = weight.new_empty((len(partial), channels))
+    tile_of_parts = _tile_of_parts(parts)
+    norm_kernels.totals[(_tiles(channels, tile_of_parts[1]), len(partial))](
+        partial, sums, parts, channels, *tile_of_parts, num_warps=_WARPS
+    )
+    return sums  # type: ignore[no-any-return]
 
 
 def _tile(channels: int, elements: int) -> tuple[int, int]:

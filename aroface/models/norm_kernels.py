@@ -100,6 +100,18 @@ def statistics(
 
 
 @triton.jit
+def running_statistics(
+    running_mean, running_var, found, channels, eps, tile_channels: tl.constexpr
+):  # fmt: skip
+    """found[0] = mean, found[1] = 1 / sqrt(variance + eps) of the running averages."""
+    channel = tl.program_id(0) * tile_channels + tl.arange(0, tile_channels)
+    exists = channel < channels
+    variance = tl.load(running_var + channel, mask=exists, other=0.0)
+    tl.store(found + channel, tl.load(running_mean + channel, mask=exists, other=0.0), mask=exists)
+    tl.store(found + channels + channel, 1.0 / tl.sqrt(variance + eps), mask=exists)
+
+
+@triton.jit
 def _tile_from_the_end(num_rows, channels, tile_rows: tl.constexpr, tile_channels: tl.constexpr):
     """Rows and channels of a program's tile; the first programs take the last rows.
 
@@ -171,24 +183,28 @@ def gradient_columns(
 
 @triton.jit
 def gradient_of_input(
-    gradient, x, found, weight, bias, slope, sums, of_skip, result, num_rows, channels,
-    tile_rows: tl.constexpr, tile_channels: tl.constexpr, has_slope: tl.constexpr, has_skip: tl.constexpr,
+    gradient, x, found, weight, bias, slope, sums, of_skip, result, num_rows, channels, tile_rows: tl.constexpr,
+    tile_channels: tl.constexpr, has_slope: tl.constexpr, has_skip: tl.constexpr, is_frozen: tl.constexpr,
 ):  # fmt: skip
     """Write weight / deviation (g - mean(g) - unit mean(g unit)) + of_skip.
 
-    g is the gradient in front of the PReLU, unit = (x - mean) / deviation.
+    g is the gradient in front of the PReLU, unit = (x - mean) / deviation. Running averages do not depend on x: with
+    them (`is_frozen`) both means are absent.
     """
     row, channel = _tile_from_the_end(num_rows, channels, tile_rows, tile_channels)
     place, inside = _places(row, channel, num_rows, channels)
     mean, gain = _mean_and_gain(found, weight, channel, channels)
     upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean
+    if has_slope or not is_frozen:
+        centred = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean
     if has_slope:
         offset, steepness = _column(bias, channel, channels), _column(slope, channel, channels)
         upstream, _ = _through_prelu(upstream, centred, gain, offset, steepness)
-    mean_gradient = _column(sums, channel, channels) / num_rows
-    tilt = _column(sums + channels, channel, channels) * _column(found + channels, channel, channels) / num_rows
-    value = gain * (upstream - mean_gradient - centred * tilt)
+    if not is_frozen:
+        mean_gradient = _column(sums, channel, channels) / num_rows
+        tilt = _column(sums + channels, channel, channels) * _column(found + channels, channel, channels) / num_rows
+        upstream = upstream - mean_gradient - centred * tilt
+    value = gain * upstream
     if has_skip:
         value += tl.load(of_skip + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + place, value.to(result.dtype.element_ty), mask=inside)

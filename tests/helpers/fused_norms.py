@@ -21,9 +21,18 @@ _ROUNDING = {torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 def norm_against_float64(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, *, has_prelu: bool, has_residual: bool
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    has_prelu: bool,
+    has_residual: bool,
+    is_frozen: bool = False,
 ) -> None:
-    """Output, all gradients and the running statistics; means far from zero, slopes of any sign, gradients strided."""
+    """Output, all gradients and the running statistics; means far from zero, slopes of any sign, gradients strided.
+
+    `is_frozen`: the norm uses its running averages, which stay.
+    """
     generator = torch.Generator().manual_seed(sum(shape))
     channels = shape[1]
 
@@ -36,6 +45,9 @@ def norm_against_float64(
     with torch.no_grad():
         for values in (module.weight, module.bias, prelu.weight):
             values.copy_(drawn(channels))
+    if is_frozen:
+        module.eval()
+        module.running_mean, module.running_var = 5 * drawn(channels), drawn(channels).exp()
     exact, exact_prelu = copy.deepcopy(module).double(), copy.deepcopy(prelu).double()
     module, prelu = module.to(device), prelu.to(device)
     inputs = [t.to(device).contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, residual)]
@@ -63,14 +75,16 @@ def norm_against_float64(
         _near(prelu.weight.grad, exact_prelu.weight.grad, 1e-4)
     _near(module.running_mean, exact.running_mean, 1e-5)
     _near(module.running_var, exact.running_var, 1e-4)
-    assert int(module.num_batches_tracked) == 1
+    assert int(module.num_batches_tracked) == (0 if is_frozen else 1)
 
 
-def fork_against_float64(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+def fork_against_float64(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, *, is_frozen: bool = False
+) -> None:
     """The norm, its input for a skip, and the gradient of the input through both; strides of every kind come back."""
     generator = torch.Generator().manual_seed(sum(shape))
     x, of_norm, of_skip = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(3))
-    module = nn.BatchNorm2d(shape[1])
+    module = nn.BatchNorm2d(shape[1]).train(not is_frozen)
     exact = copy.deepcopy(module).double()
     module = module.to(device)
     found = x.to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -86,9 +100,9 @@ def fork_against_float64(shape: tuple[int, int, int, int], dtype: torch.dtype, d
         _near(one.grad, other.grad, 1e-4)
 
 
-def constant_weights(device: str) -> None:
+def constant_weights(device: str, *, is_frozen: bool) -> None:
     """As the attack wants them: the gradient of the input is the same, those of the weights are not formed."""
-    module, prelu = nn.BatchNorm2d(24).to(device), nn.PReLU(24).to(device)
+    module, prelu = nn.BatchNorm2d(24).to(device).train(not is_frozen), nn.PReLU(24).to(device)
     x = torch.randn(3, 24, 5, 4).to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
     (wanted,) = torch.autograd.grad(norm(module, x, prelu=prelu).square().sum(), x)
     for parameter in (*module.parameters(), *prelu.parameters()):
@@ -173,10 +187,16 @@ if __name__ == "__main__":
         for prelu_follows, residual_follows in FOLLOWERS:
             for kind in (torch.float32, torch.bfloat16):
                 norm_against_float64(each, kind, "cpu", has_prelu=prelu_follows, has_residual=residual_follows)
+    for prelu_follows, residual_follows in FOLLOWERS:
+        followers = {"has_prelu": prelu_follows, "has_residual": residual_follows}
+        norm_against_float64(SHAPES[2], torch.float32, "cpu", **followers, is_frozen=True)
+        norm_against_float64(SHAPES[3], torch.bfloat16, "cpu", **followers, is_frozen=True)
     for kind in _ROUNDING:
         fork_against_float64(SHAPES[2], kind, "cpu")
         fork_against_float64(SHAPES[3], kind, "cpu")
-    constant_weights("cpu")
+        fork_against_float64(SHAPES[3], kind, "cpu", is_frozen=True)
+    for frozen in (False, True):
+        constant_weights("cpu", is_frozen=frozen)
     variance_beside_a_large_mean("cpu")
     statistics_that_are_not_recorded("cpu")
     for family in ("iresnet", "ir"):  # a MobileFaceNet takes half a minute in the interpreter

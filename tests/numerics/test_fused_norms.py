@@ -55,7 +55,6 @@ def test_what_the_kernels_cannot_do_is_left_to_pytorch(as_on_a_gpu):
     never = nn.BatchNorm2d(8)
     fuse_norms(never, is_wanted=False)
     for other in (
-        copy.deepcopy(module).eval(),
         copy.deepcopy(module).bfloat16(),
         nn.BatchNorm2d(8, affine=False),
         nn.BatchNorm2d(8, momentum=None),
@@ -70,6 +69,15 @@ def test_what_the_kernels_cannot_do_is_left_to_pytorch(as_on_a_gpu):
     assert not fused._fits(module, x, None, x.bfloat16())
     fuse_norms(never, is_wanted=True)
     assert fused._fits(never, x, None, None)
+
+
+def test_running_averages_are_fused_where_gradients_are_wanted(as_on_a_gpu):
+    x, module = _image(), nn.BatchNorm2d(8).eval()
+    assert fused._fits(module, x, None, None)
+    with torch.no_grad():
+        assert not fused._fits(module, x, None, None)
+    module.running_mean = module.running_var = None  # then it takes those of the batch
+    assert not fused._fits(module, x, None, None)
 
 
 def test_without_kernels_it_is_pytorchs_own():
