@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of their step (fp16 on a GPU, as their configurations have it; fp32 on the CPU)",
     )
     parser.add_argument("--logit-precision", choices=("fp32", "bf16"), default="fp32", help="of ours (%(default)s)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="for ours in bf16")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="of a round (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted (%(default)s)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="on the CPU (%(default)s)")
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def compare_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Ours in bf16 and as they do it (fp32, contiguous), theirs as they come and with bf16 autocast put around."""
-    ours = _our_steps(args, ["--precision", "bf16"])
+    ours = _our_steps(args, ["--precision", "bf16", *["--cuda-graphs"] * args.cuda_graphs])
     plain_fp32 = _our_steps(args, ["--precision", "fp32", "--contiguous"], ways=("plain",))["plain"]
     work = {f"ours, {name}": step for name, step in ours.items()} | {"ours, plain, fp32": plain_fp32}
     for name, folder in (("arcface_torch", ARCFACE), ("ARoFace", ATTACK)):
@@ -107,7 +108,9 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> dict[str, A
     for title, value in ratios.items():
         _say(title, value, "x")
     return {
-        "settings": _settings(args, "depth", "batch", "classes", "steps", "rounds", "threads", "logit_precision")
+        "settings": _settings(
+            args, "depth", "batch", "classes", "steps", "rounds", "threads", "logit_precision", "cuda_graphs"
+        )
         | {"peer_precision": args.peer_precision},
         "replaced": training_code.REPLACED,
         "ratios": ratios,
