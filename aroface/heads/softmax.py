@@ -194,4 +194,5 @@ def add_target_gradient(
     if grad_weights is not None:
         grad_own = torch.empty_like(unit)
         through_length(grad_cosines * embeddings, unit, lengths, out=grad_own)
-        grad_weights.index_add_(0, targets.clamp_min(0), grad_own)
+        # Not index_add_, which on a GPU adds several rows of one class in the order in which they happen to arrive.
+        grad_weights.index_put_((targets.clamp_min(0),), grad_own, accumulate=True)

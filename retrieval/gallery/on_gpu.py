@@ -165,7 +165,13 @@ def on_devices(
     options.shard = True
     moved = faiss.index_cpu_to_gpu_multiple_py(resources, index.index, options, list(devices))
     return TrackedIndex(
-        moved, index.numbers, candidates=index.candidates, least=index.least, max_list=MAX_LIST, keep=resources
+        moved,
+        index.numbers,
+        candidates=index.candidates,
+        least=index.least,
+        max_list=MAX_LIST,
+        has_one_user=True,
+        keep=resources,
     )
 
 
@@ -200,18 +206,17 @@ def sharded_flat(
         max_list: longest list that they give.
         stretch_bytes: of float32 rows in one index, and of the memory on the host while it is filled.
     """
-    import faiss
-
-    make_shards: Any = faiss.IndexShards
-    shards = make_shards(rows.dimension, True, True)  # threads; places follow the order of the shards
+    share = max(1, -(-len(rows) // len(makers)))
+    size = max(1, min(share, stretch_bytes // (4 * rows.dimension)))
     kept: list[Any] = []
-    least = -(-len(rows) // len(makers))  # at most one stretch a device, unless they are long
-    size = max(1, min(least, stretch_bytes // (4 * rows.dimension)))
-    for start in range(0, len(rows), size):
-        index = makers[len(kept) % len(makers)]()
-        index.add(rows.take(np.arange(start, min(start + size, len(rows)))))
-        shards.add_shard(index)
-        kept.append(index)
+    for make, first in zip(makers, range(0, len(rows), share), strict=False):  # few rows: fewer devices
+        last = min(first + share, len(rows))
+        indexes = [make() for _ in range(first, last, size)]
+        for index, start in zip(indexes, range(first, last, size), strict=True):
+            index.add(rows.take(np.arange(start, min(start + size, last))))
+        # One after the other: the stretches of a device share its memory and stream, which only one thread may use.
+        kept.append(_shards(indexes, rows.dimension, threaded=False))
+    shards = _shards(kept, rows.dimension, threaded=True)
     tolerance = rounding_bound(rows.dimension) + (_FLOAT16_BOUND if use_float16 else 0.0)
     return TrackedIndex(
         shards,
@@ -220,5 +225,17 @@ def sharded_flat(
         least=_EXTRA_CANDIDATES,
         tolerance=tolerance,
         max_list=max_list,
-        keep=[*kept, makers],
+        has_one_user=True,
+        keep=[kept, makers],
     )
+
+
+def _shards(indexes: Sequence[Any], dimension: int, *, threaded: bool) -> Any:
+    """One index of several; places follow their order."""
+    import faiss
+
+    make: Any = faiss.IndexShards
+    shards = make(dimension, threaded, True)
+    for index in indexes:
+        shards.add_shard(index)
+    return shards

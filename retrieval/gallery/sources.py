@@ -1,6 +1,8 @@
 """What a gallery on this machine searches: every vector one by one, a Faiss index, or pooled templates."""
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -149,6 +151,7 @@ class TrackedIndex:
         tolerance: bound on the error of its scores; None for an approximate index.
         max_list: longest list that it gives.
         clusters: of the index, where they may be chosen here.
+        has_one_user: whether only one thread may search it at one time, as on GPUs; the others wait.
         keep: what has to live as long as the index.
     """
 
@@ -162,9 +165,11 @@ class TrackedIndex:
         tolerance: float | None = None,
         max_list: int = 1 << 40,
         clusters: Clusters | None = None,
+        has_one_user: bool = False,
         keep: Any = None,
     ) -> None:
         self.keep = keep
+        self._turn: AbstractContextManager[Any] = threading.Lock() if has_one_user else nullcontext()
         self.index = index
         self.numbers = numbers
         self.candidates = candidates
@@ -176,7 +181,8 @@ class TrackedIndex:
     def search(self, probes: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(P, count) scores and places of about the nearest entries of each (P, D) probe, best first; -1: no more."""
         searched = self._clusters or self.index
-        scores, places = searched.search(np.ascontiguousarray(probes), count)
+        with self._turn:
+            scores, places = searched.search(np.ascontiguousarray(probes), count)
         return scores, places
 
 

@@ -1,5 +1,7 @@
 """The fused softmax compiled for a GPU, against float64; the interpreter runs the same checks on the CPU."""
 
+import gc
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def test_the_same_twice():
 
     weights = torch.randn(30_000, 512, device="cuda", requires_grad=True)
     embeddings = torch.nn.functional.normalize(torch.randn(300, 512, device="cuda")).requires_grad_()
-    targets = torch.randint(-1, 30_000, (300,), device="cuda")
+    targets = torch.randint(-1, 100, (300,), device="cuda")  # several images of most classes
     results = []
     for _ in range(2):
         total, cosines = fused_terms(embeddings, weights, targets, SoftmaxSettings(64.0, 4096, "bf16"))
@@ -47,6 +49,7 @@ def test_neither_logits_nor_memory_grow_with_the_classes():
     from aroface.heads.softmax import SoftmaxSettings
 
     extra = []
+    gc.collect()
     for classes in (50_000, 400_000):
         weights = torch.randn(classes, 64, device="cuda", requires_grad=True)
         embeddings = torch.nn.functional.normalize(torch.randn(1024, 64, device="cuda")).requires_grad_()

@@ -1,5 +1,6 @@
 """Galleries on one GPU and on all of them give what the exact search on the CPU gives."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def test_exact_kinds_equal_the_cpu(tmp_path: Path, kind: Any, device: str) -> No
     changed = gallery.add(PROBES[:5], np.arange(5), [f"n{i}" for i in range(5)]).remove(entry_ids=["7"])
     assert [near[0].entry_id for near in changed.search(PROBES[:5], top=1)] == [f"n{i}" for i in range(5)]
     assert "7" not in {c.entry_id for c in changed.search(ENROLLED[7], top=MAX_LIST // 2)[0]}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["flat", "fp16"])
+def test_many_stretches_and_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, device: str
+) -> None:
+    """Faiss ends the process when two threads use the memory of one device at once."""
+    monkeypatch.setattr(on_gpu.sharded_flat, "__kwdefaults__", {"stretch_bytes": 4 * DIM * 300})
+    exact = Gallery.build(tmp_path / "g", ENROLLED, np.arange(len(ENROLLED)) % 500)
+    if kind == "fp16":
+        exact.compact("fp16")
+    gallery, wanted = Gallery.open(tmp_path / "g", device=device), exact.search(PROBES, top=10)
+    gallery.make_ready()
+    with ThreadPoolExecutor(8) as pool:
+        searches = [pool.submit(gallery.search, PROBES, top=10) for _ in range(200)]
+        assert all(search.result() == wanted for search in searches)
 
 
 @pytest.mark.parametrize("device", DEVICES)

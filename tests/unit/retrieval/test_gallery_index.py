@@ -1,6 +1,9 @@
 """Approximate kinds: recall as stated, candidates scored exactly, changes seen at once, files of others refused."""
 
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from retrieval.gallery import INDEX_KINDS, Gallery, IndexWish, on_gpu
 from retrieval.gallery.index import factory_of, num_clusters
 from retrieval.gallery.on_gpu import on_devices, parse_device, sharded_flat
 from retrieval.gallery.search import Request, search_source
-from retrieval.gallery.sources import IndexedSource
+from retrieval.gallery.sources import IndexedSource, TrackedIndex
 from retrieval.gallery.vectors import as_unit
 from tests.helpers.faiss_devices import stand_in_devices
 
@@ -209,7 +212,10 @@ class TestShards:
             max_list=512,
             stretch_bytes=4 * DIM * 250,
         )
-        assert tracked.index.count() == (5 if devices < 5 else devices)  # 1,200 rows in stretches of 250
+        shards = [tracked.index.at(place) for place in range(tracked.index.count())]
+        assert len(shards) == devices
+        stretches = {1: [5], 3: [2, 2, 2], 8: [1] * 8}[devices]  # 1,200 rows in stretches of 250 at most
+        assert [faiss.downcast_index(shard).count() for shard in shards] == stretches
         return IndexedSource(gallery._rows, gallery.entries, tracked, gallery.manifest.next_number)
 
     @pytest.mark.parametrize(("factory", "use_float16"), [("Flat", False), ("SQfp16", True)])
@@ -228,6 +234,67 @@ class TestShards:
                 else gallery.search(probes, top=request.top, level=level)
             )
             assert search_source(source, as_unit(probes), request) == expected
+
+    def test_no_two_threads_search_one_device(self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Faiss ends the process when two use the memory of one device at once."""
+        import faiss
+
+        made: dict[int, tuple[bool, list[Any]]] = {}
+        shards = faiss.IndexShards
+
+        class Watched(shards):  # type: ignore[misc, valid-type]
+            def __init__(self, dimension: int, threaded: bool, successive: bool) -> None:
+                super().__init__(dimension, threaded, successive)
+                made[id(self)] = threaded, []
+
+            def add_shard(self, index: Any) -> None:
+                made[id(self)][1].append(index)
+                super().add_shard(index)
+
+        monkeypatch.setattr(faiss, "IndexShards", Watched)
+        devices: dict[int, int] = {}
+
+        def maker(device: int) -> Callable[[], Any]:
+            def make() -> Any:
+                index = faiss.IndexFlatIP(DIM)
+                devices[id(index)] = device
+                return index
+
+            return make
+
+        gallery = Gallery.open(built["flat"])
+        numbers = gallery.entries.numbers
+        makers = [maker(device) for device in range(3)]
+        tracked = sharded_flat(
+            gallery._rows, numbers, makers, use_float16=False, max_list=512, stretch_bytes=4 * DIM * 100
+        )
+
+        def devices_of(index: Any) -> set[int]:
+            return set().union(*map(devices_of, made[id(index)][1])) if id(index) in made else {devices[id(index)]}
+
+        for threaded, parts in made.values():
+            found = [devices_of(part) for part in parts]
+            assert not threaded or sum(map(len, found)) == len(set().union(*found))
+        assert devices_of(tracked.index) == {0, 1, 2}
+        assert len(devices) == 12
+
+    def test_searches_of_a_device_wait_for_each_other(self) -> None:
+        busy, overlaps = threading.Lock(), []
+
+        class Index:
+            def search(self, probes: Any, count: int) -> tuple[Any, Any]:
+                overlaps.append(not busy.acquire(blocking=False))
+                time.sleep(0.01)
+                busy.release()
+                return probes, probes
+
+        tracked = TrackedIndex(Index(), np.arange(3), candidates=1, least=1, has_one_user=True)
+        threads = [threading.Thread(target=tracked.search, args=(PROBES, 1)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert overlaps == [False] * 8
 
     def test_what_the_longest_list_cuts_off_is_not_passed_off_as_whole(self, built: dict[str, Path]) -> None:
         source = self._source(Gallery.open(built["flat"]), "Flat", 3, use_float16=False)
