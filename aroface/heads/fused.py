@@ -2,10 +2,10 @@
 
 Chunks on a GPU write and read their (N, K) logits about eight times in each direction. Here a tile of logits lives and
 dies in registers. Both passes go through the classes chunk by chunk: one kernel reads the centres and writes them at
-unit length in the type of the products, into a buffer that stays in the second-level cache. From there the forward pass
-keeps the log-sum-exp of every row, and the backward pass forms the tiles again and leaves the softmax of the chunk for
-the two products that follow. There are as many products as with chunks, and nothing grows with the classes but their
-gradient (and one number a row for each split of a chunk).
+unit length in the type of the products, into a buffer. From there the forward pass keeps the log-sum-exp of every row,
+and the backward pass forms the tiles again and leaves the softmax of the chunk for the two products that follow. There
+are as many products as with chunks, and nothing grows with the classes but their gradient (and one number a row for
+each split of a chunk).
 
 Legend: N rows of the global batch, C local classes, D embedding dimension, K classes of a chunk.
 """
@@ -41,8 +41,9 @@ class _Tiles(NamedTuple):
 #: Hopper and data-centre Blackwell (compute capability 9 and 10): 228 KiB of shared memory, a copy engine
 _NEW_TILES = {"fp32": _Tiles(128, 128, 32, 3, 8, 1, True), "bf16": _Tiles(128, 256, 64, 4, 8, 1, True)}
 _TILES = {"fp32": _Tiles(64, 64, 32, 3, 8, 2, False), "bf16": _Tiles(128, 128, 64, 3, 8, 2, False)}
-#: Numbers of a chunk of centres and of its softmax: 48 MiB in bf16, the second-level cache of an H100.
-_CHUNK_NUMBERS = 24 * 2**20
+#: Numbers of a chunk of centres and of its softmax: 192 MiB in bf16. Chunks that fit into the second-level cache are no
+#: faster on the GPU, and four times as many launches for the host.
+_CHUNK_NUMBERS = 96 * 2**20
 #: A chunk of the forward pass has no softmax, and is longer by this factor.
 _FORWARD = 2
 #: Numbers of centres that one program of a streaming kernel holds in its registers.
@@ -72,11 +73,8 @@ def check_fused(config: HeadConfig) -> None:
 
 
 def is_fused_faster(config: HeadConfig, device: torch.device) -> bool:
-    """Whether the kernels can be had there and were faster than chunks: in bf16, on new GPUs also in fp32.
-
-    Measured on an H200 (docs/results/h200.md).
-    """
-    if device.type != "cuda" or (config.logit_precision == "fp32" and not _is_new(device)):
+    """Whether the kernels can be had there and were faster than chunks: in bf16 (docs/results/h200.md)."""
+    if device.type != "cuda" or config.logit_precision != "bf16":
         return False
     try:
         check_fused(config)
@@ -86,7 +84,7 @@ def is_fused_faster(config: HeadConfig, device: torch.device) -> bool:
 
 
 def fused_chunk(rows: int, dim: int) -> int:
-    """Classes of a chunk whose centres and softmax, for so many rows, stay in the cache between the kernels."""
+    """Classes of a chunk that is worth its launches and small beside the centres, for so many rows."""
     return max(1024, _CHUNK_NUMBERS // (rows + dim) // 1024 * 1024)
 
 
@@ -232,11 +230,8 @@ class _Chunks:
 
 
 def _tiles(precision: str, device: torch.device) -> _Tiles:
-    return (_NEW_TILES if _is_new(device) else _TILES)[precision]
-
-
-def _is_new(device: torch.device) -> bool:
-    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    is_new = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return (_NEW_TILES if is_new else _TILES)[precision]
 
 
 def _through_length(gradient: Tensor, centres: Tensor) -> None:

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         "what": "training steps and loader of public projects, by their own code, beside ours; variants in turns",
         "command": "python -m tests.peers.compare_training CHECKOUTS " + shlex.join((arguments or sys.argv[1:])[1:]),
-        "commits": {name.parts[0]: _commit(args.checkouts / name) for name in (ARCFACE, ATTACK)},
+        "commits": {name.parts[0]: _commit(args.checkouts, name) for name in (ARCFACE, ATTACK)},
         "machine": machine("torch", "deepspeed", "numpy", "opencv-python-headless", "simplejpeg", "torchvision"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "time": "wall" if device.type == "cuda" else "cpu",
@@ -214,9 +214,14 @@ def _settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _commit(folder: Path) -> str | None:
-    result = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else None
+def _commit(checkouts: Path, name: Path) -> str | None:
+    """Of a checkout, and not of a repository around it, in which files without history may lie."""
+    asked = ["git", "-C", str(checkouts / name), "rev-parse", "--show-toplevel", "HEAD"]
+    result = subprocess.run(asked, capture_output=True, text=True)
+    if result.returncode != 0:
+        return None
+    top, commit = result.stdout.splitlines()
+    return commit if Path(top).is_relative_to(checkouts.resolve()) else None
 
 
 def _say(title: str, value: float, unit: str) -> None:
