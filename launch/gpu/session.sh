@@ -111,9 +111,10 @@ part_1() {
 
 # bench_step DEPTH BATCH CLASSES LIMIT [OPTION...]; `tag` tells runs apart that differ in the options alone
 bench_step() {
-  local name="step-r$1-batch-$2-classes-$3${tag:-}"
-  step "$name" "$4" aroface bench step --depth "$1" --batch "$2" --classes "$3" --logit-precision bf16 --head triton \
-    --zero-stage 0 --ways plain,adversarial,delayed --rounds 10 --out "$out/$name.json" "${@:5}"
+  local name="step-r$1-batch-$2-classes-$3${tag:-}" graphs=--cuda-graphs
+  case ${tag:-} in -eager | -compiled) graphs='' ;; esac
+  step "$name" "$4" aroface bench step --depth "$1" --batch "$2" --classes "$3" --logit-precision bf16 --zero-stage 0 \
+    $graphs --ways 'plain,adversarial,adversarial (running),delayed' --rounds 5 --out "$out/$name.json" "${@:5}"
 }
 
 peer_steps() {
@@ -122,12 +123,12 @@ peer_steps() {
     return 0
   fi
   show=14 step "peers-r$1" "$2" python -m tests.peers.compare_training "$peers" --parts step --depth "$1" --batch 256 \
-    --classes 617970 --logit-precision bf16 --steps 5 --rounds 5 --out "$out/peers-r$1.json"
+    --classes 617970 --logit-precision bf16 --cuda-graphs --steps 1 --rounds 5 --out "$out/peers-r$1.json"
 }
 
 part_2() {
   show=45 bench_step 100 512 617970 110 --profile "$out/profile.json.gz"
-  tag=-graphs bench_step 100 512 617970 75 --cuda-graphs
+  tag=-eager bench_step 100 512 617970 75
   peer_steps 100 130
   bench_step 50 512 617970 60
   tag=-fp16 bench_step 100 512 617970 60 --precision fp16
