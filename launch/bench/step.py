@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from aroface.config import TrainConfig
+    from aroface.engine.joint_update import StepReport
     from aroface.types import Batch
 
 #: way -> what it changes in the section `alignment`
@@ -200,6 +201,7 @@ class StepBench:
         }
         self._plain_task = tasks["plain"]
         self._taken: dict[str, int] = defaultdict(int)
+        self._report: StepReport
         steps = _STEPS_ON_GPU if self.device.type == "cuda" else 1
         #: One turn, and one step, of each way; both return the number of images and wait for the device.
         self.ways: Mapping[str, Callable[[], int]] = {n: partial(self._turn, n, t, steps) for n, t in tasks.items()}
@@ -231,14 +233,27 @@ class StepBench:
         for _ in range(steps):
             self._step(name, task, self._batch)
         self._synchronise()
+        self._check(name)
         return steps * len(self._batch.labels)
+
+    def _check(self, name: str) -> None:
+        from aroface.engine.joint_update import NonFiniteError
+        from aroface.errors import ArofaceError
+
+        try:
+            self._report.check()
+        except NonFiniteError as error:
+            raise ArofaceError(
+                f"A step of the way {name} was not taken: the {error} is not finite. Its time would say nothing; leave "
+                "the way out, or choose another --precision."
+            ) from error
 
     def _step(self, name: str, task: Any, batch: "Batch") -> None:
         step = self._taken[name]
         self._taken[name] += 1
         output = task(batch, step=step, micro_step=step)
         self._engine.backward(output.loss)
-        self._update(output.loss.detach()[None], _LR)
+        self._report = self._update(output.loss.detach()[None], _LR)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

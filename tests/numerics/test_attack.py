@@ -15,7 +15,7 @@ from aroface.alignment import (
     warp,
     worst_of_corners,
 )
-from aroface.alignment.attack import random_corner
+from aroface.alignment.attack import random_corner, start_alignment
 from aroface.alignment.warp import Alignment
 from aroface.config.schema import AlignmentConfig
 
@@ -64,6 +64,22 @@ def test_bounds_hold_for_every_parameter_after_every_number_of_steps(steps, budg
         assert (psi.shift.abs() <= 0.11 + 1e-6).all()
         if budget:
             assert landmark_displacement_px(psi).max() <= budget + 1e-4
+
+
+def test_an_image_whose_gradient_is_no_number_stays_at_its_start():
+    """As in the first steps of a deep network with running averages: its sign is 0; NaN would end the run."""
+    images, settings = blobs(), config(steps=2)
+
+    def losses(warped, labels):
+        return Centroid()(warped, labels) * torch.where(torch.arange(24) % 2 == 0, 1.0, torch.nan)
+
+    psi = find_worst(images, torch.zeros(24), loss_of=losses, config=settings, generator=generator())
+    whole = find_worst(images, torch.zeros(24), loss_of=Centroid(), config=settings, generator=generator())
+    start = start_alignment(24, settings, generator())
+    for found, hurt, began in zip(psi, whole, start, strict=True):
+        assert torch.equal(found[::2], hurt[::2])
+        assert torch.equal(found[1::2], began[1::2])
+        assert not torch.equal(hurt[1::2], began[1::2])
 
 
 def test_projection_leaves_what_is_inside_alone_and_uses_the_budget():
