@@ -187,7 +187,7 @@ class BackboneEngine:
 
     @property
     def module(self) -> nn.Module:
-        """The backbone as it is trained; called without the engine in the passes that form no gradient of weights."""
+        """The backbone as it is trained; called without the engine in passes that are not to reach DeepSpeed."""
         module: nn.Module = self._engine.module
         return module
 

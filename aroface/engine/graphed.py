@@ -149,7 +149,8 @@ class GraphedPasses:
         return turn == self._turn
 
     def _run(self, images: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        # A pass beside the main one goes past the module's hooks, which belong to DeepSpeed.
+        # Hooks on the network itself are passed by, except where other weights stand in for its own; DeepSpeed has its
+        # hooks on `GraphedBackbone`.
         with self._autocast():
             embeddings: Tensor = (
                 functional_call(self._backbone, weights, (images,)) if weights else self._backbone.forward(images)

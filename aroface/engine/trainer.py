@@ -279,11 +279,13 @@ class Trainer:
                 if log:
                     log.write(line)
                 progress.show(line, images_per_step=config.batch.global_batch)
-            stop, has_failed = self._ask([self._stop_requested, self._saver.has_failed])
+            is_due = self._evaluation is not None and self._evaluation.is_due(step, is_last=is_last)
+            # Where the host waits in any case, the answer is that of this step.
+            ask = any_rank_each if is_last or is_due else self._ask
+            stop, has_failed = ask([self._stop_requested, self._saver.has_failed])
             if has_failed:
                 self._saver.fail()
-            with meter.pause():
-                is_best = not stop and self._evaluate(log, is_last=is_last)
+            is_best = is_due and not stop and self._evaluate(log, meter)
             if step % save_every == 0 or is_last or stop or is_best:
                 self._save()
                 saved = step
@@ -350,15 +352,15 @@ class Trainer:
         )
         return on_device(batches, self.device)
 
-    def _evaluate(self, log: MetricsLog | None, *, is_last: bool) -> bool:
-        """Evaluate where it is due; returns whether this is the best model so far."""
+    def _evaluate(self, log: MetricsLog | None, meter: Meter) -> bool:
+        """Evaluate; returns whether this is the best model so far."""
         evaluation, step = self._evaluation, self.position.step
-        if evaluation is None or not evaluation.is_due(step, is_last=is_last):
-            return False
+        assert evaluation is not None  # noqa: S101 - it is due
         self._settle()
-        lines = evaluation.run(
-            self._embedder(), step=step, samples=self.position.samples_seen, on_progress=self._watchdog.beat
-        )
+        with meter.pause():
+            lines = evaluation.run(
+                self._embedder(), step=step, samples=self.position.samples_seen, on_progress=self._watchdog.beat
+            )
         for line in lines if log else []:
             assert log is not None  # noqa: S101 - the loop is empty otherwise
             log.write_evaluation(line)

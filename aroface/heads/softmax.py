@@ -194,5 +194,10 @@ def add_target_gradient(
     if grad_weights is not None:
         grad_own = torch.empty_like(unit)
         through_length(grad_cosines * embeddings, unit, lengths, out=grad_own)
-        # Not index_add_, which on a GPU adds several rows of one class in the order in which they happen to arrive.
-        grad_weights.index_put_((targets.clamp_min(0),), grad_own, accumulate=True)
+        # A row whose class another rank has adds nothing, anywhere: not all at one place, where they would queue.
+        elsewhere = torch.arange(len(targets), device=targets.device) % len(weights)
+        place = torch.where(targets < 0, elsewhere, targets)
+        if grad_weights.is_cuda:  # index_add_ adds the rows of one class in the order in which they happen to arrive
+            grad_weights.index_put_((place,), grad_own, accumulate=True)
+        else:  # as would index_put_ on a CPU
+            grad_weights.index_add_(0, place, grad_own)

@@ -9,7 +9,15 @@ rows are formed in float32, in a fixed order: results do not depend on the order
 import triton
 import triton.language as tl
 
-__all__ = ["column_sums", "gradient_columns", "gradient_of_input", "normalise_rows", "statistics", "totals"]
+__all__ = [
+    "column_sums",
+    "gradient_columns",
+    "gradient_of_input",
+    "normalise_rows",
+    "running_statistics",
+    "statistics",
+    "totals",
+]
 
 
 @triton.jit

@@ -196,7 +196,7 @@ def sharded_flat(
     max_list: int,
     stretch_bytes: int = _STRETCH_BYTES,
 ) -> TrackedIndex:
-    """Exact search over stretches of rows, dealt out to the devices in turn.
+    """Exact search over stretches of rows; each device has as many rows, one after the other.
 
     Args:
         rows: (N, D).

@@ -123,7 +123,7 @@ def _step_ratios() -> list[tuple[str, str, str]]:
     """Title, slower, faster: how many times the time of the second the first takes."""
     return [
         ("arcface_torch / ours, plain", "arcface_torch, plain", "ours, plain"),
-        ("arcface_torch / ours, plain, both fp32", "arcface_torch, plain", "ours, plain, fp32"),
+        ("arcface_torch / ours, plain, fp32", "arcface_torch, plain", "ours, plain, fp32"),
         ("arcface_torch with bf16 autocast / ours, plain", "arcface_torch, plain, bf16 autocast", "ours, plain"),
         ("ARoFace attacked / ARoFace plain", "ARoFace, attacked", "ARoFace, plain"),
         ("ours adversarial / ours plain", "ours, adversarial", "ours, plain"),
