@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aroface.distributed import AnyRankLater
 from aroface.engine import run_directory
 from aroface.engine.trainer import Trainer
 from aroface.errors import ArofaceError
@@ -243,3 +244,26 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_before_the_update(tmp_path):
         for directory in (tmp_path / str(stage)).glob("step-*"):
             weights = load_file(directory / "optimizer.safetensors").values()
             assert all(torch.isfinite(value).all() for value in weights)
+
+
+def stop_on_one(rank, ranks, root):
+    """As on GPUs: answers come a step later. Rank 1 alone is told to stop, after its second step."""
+    settings = (*COMPARABLE, "checkpoint.every_steps=100", "log.every_steps=100")
+    trainer = Trainer(config_of(*settings), DrawnData(), root, resume="auto")
+    trainer._ask = AnyRankLater()
+    step = trainer._step
+
+    def counted(*args):
+        result = step(*args)
+        if rank == 1 and trainer.position.step == 2:
+            trainer.request_stop()
+        return result
+
+    trainer._step = counted
+    result = trainer.train()
+    return result.position.step, result.was_interrupted
+
+
+def test_a_stop_that_is_answered_a_step_later_is_one_on_both_ranks(tmp_path):
+    assert run_on_ranks(stop_on_one, 2, tmp_path / "run", timeout_s=300) == [(3, True), (3, True)]
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000003"]
