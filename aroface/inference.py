@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from aroface.bf16 import warn_without_bf16_units
 from aroface.config.load import parse_config
 from aroface.config.model import ModelSection
 from aroface.config.schema import ModelConfig, TrainConfig
@@ -73,6 +74,8 @@ class TorchEmbedder:
         self._model = model
         self._backbone = model.backbone.to(self._device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._precision = precision
+        if precision == "bf16":
+            warn_without_bf16_units("precision bf16", self._device.type, instead="Use fp32.")
         self._batch_size = batch_size
 
     @property

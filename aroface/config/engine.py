@@ -21,8 +21,10 @@ class EngineConfig(Section):
     """DeepSpeed, as far as it changes memory, speed or rounding."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed partitions over ranks; 1: optimiser state")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="bf16, fp16: autocast, with fp32 weights, norms and loss; fp16 scales the loss"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="bf16, fp16: autocast, with fp32 weights, norms and loss; fp16 scales the loss; auto: bf16 where "
+        "the device has units for it, else fp32",
     )
     loss_scale: LossScaleConfig = LossScaleConfig()
     batch_norm: Literal["local", "sync", "frozen"] = Field(
@@ -51,6 +53,13 @@ class EngineConfig(Section):
     deepspeed_extra: dict[str, Any] = Field(
         default_factory=dict, description="further DeepSpeed settings, checked by name"
     )
+
+    @property
+    def decided_precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """`precision`, after `aroface.engine.precision.with_precision` has put one in the place of auto."""
+        if self.precision == "auto":
+            raise ValueError("engine.precision is still auto; the trainer decides it by the device")
+        return self.precision
 
 
 class CheckpointConfig(Section):

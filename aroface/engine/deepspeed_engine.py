@@ -30,7 +30,7 @@ from aroface.models.norm import fuse_norms
 __all__ = ["BackboneEngine", "start_distributed"]
 
 _MOMENTUM = "momentum_buffer"
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _RestingSGD(torch.optim.SGD):
@@ -107,7 +107,7 @@ class BackboneEngine:
 
     Args:
         backbone: on its device, with the weights to start from.
-        config: the run.
+        config: the run, with its precision decided (`with_precision`).
         world_size: ranks.
 
     Raises:
@@ -117,7 +117,7 @@ class BackboneEngine:
     def __init__(self, backbone: nn.Module, config: TrainConfig, world_size: int) -> None:
         deepspeed = _import_deepspeed()
         self.settings = deepspeed_settings(config, world_size)
-        self._precision, self._batch_norm = config.engine.precision, config.engine.batch_norm
+        self._precision, self._batch_norm = config.engine.decided_precision, config.engine.batch_norm
         self._stage, self._ranks = config.engine.zero_stage, world_size
         self._device_type = next(backbone.parameters()).device.type
         self.scaler = LossScaler(config.engine)
@@ -193,7 +193,7 @@ class BackboneEngine:
 
     def autocast(self, *, is_cached: bool = True) -> AbstractContextManager[object]:
         """Precision of the passes through `module`; cached: weights are rounded once per context, not once per use."""
-        dtype = _AUTOCAST.get(self._precision)
+        dtype = _AUTOCAST[self._precision]
         return torch.autocast(
             self._device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=is_cached
         )

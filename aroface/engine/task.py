@@ -88,12 +88,16 @@ class FaceTask:
         """
         return self._output(batch, step=step, micro_step=micro_step, main_pass=self.engine)
 
-    def rehearse(self, batch: Batch) -> None:
+    def rehearse(self, micro_batch: int) -> None:
         """Every pass of a step, forward and backward, that changes nothing: what is compiled or recorded sees it first.
 
         Args:
-            batch: as large as those that follow.
+            micro_batch: images of this rank, here of noise.
         """
+        side, numbers = self.config.model.image_size, torch.arange(micro_batch)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (micro_batch, side, side, 3), dtype=torch.uint8, generator=generator)
+        batch = Batch(images, numbers % self.head.num_classes, numbers)
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
         with untouched(self.engine.module, self.head):
             # Not through DeepSpeed, whose hooks would take it for the beginning of a step.

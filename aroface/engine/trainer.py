@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,7 @@ from aroface.engine.evaluation import PeriodicEvaluation
 from aroface.engine.joint_update import JointUpdate, StepReport
 from aroface.engine.metrics import Meter, MetricsLog, TrainingProgress
 from aroface.engine.peers import LostRanksError, lost_while_training, start_up_faults
+from aroface.engine.precision import with_precision
 from aroface.engine.prefetch import on_device
 from aroface.engine.run_directory import choose_checkpoint, hold_run, record_run
 from aroface.engine.saver import CheckpointSaver
@@ -101,8 +103,9 @@ class Trainer:
         overrides: Sequence[str] = (),
         evaluators: Sequence[Evaluator] = (),
     ) -> None:
-        self.config, self._data, self._run = config, data, run
+        self._data, self._run = data, run
         self.device = start_distributed(config.engine.timeout_s)
+        self.config = config = with_precision(config, self.device)
         self._rank, self._world = rank(), world_size()
         if config.engine.threads is not None:
             torch.set_num_threads(config.engine.threads)
@@ -175,8 +178,8 @@ class Trainer:
         config, parameters = self.config, sum(p.numel() for p in self._engine.module.parameters())
         return (
             f"{config.model.name} with {parameters / 1e6:.2f} M parameters, {config.head.kind}, "
-            f"alignment {config.alignment.kind}; {self._data.num_samples} images of {self._data.num_classes} "
-            "identities\n"
+            f"alignment {config.alignment.kind}, {config.engine.precision}; "
+            f"{self._data.num_samples} images of {self._data.num_classes} identities\n"
             f"{self.total_steps} steps: micro-batch {self._micro_batch} x accumulation {self._accumulation} x "
             f"{self._world} rank(s) = global batch {config.batch.global_batch}; peak learning rate {config.peak_lr:.4g}"
         )
@@ -247,16 +250,12 @@ class Trainer:
         graphed = self._engine.graphed
         if not (self.config.engine.compile or graphed) or self.position.step == self.total_steps:
             return
-        side = self.config.model.image_size
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (self._micro_batch, side, side, 3), dtype=torch.uint8, generator=generator)
-        numbers = torch.arange(self._micro_batch)
-        batch = Batch(images, numbers % self._data.num_classes, numbers)
         if graphed:
-            self._task.rehearse(batch)
+            self._task.rehearse(self._micro_batch)
             graphed.settle(is_told=self._rank == 0)
         else:
-            warm_up(self._engine.backbone, lambda: self._task.rehearse(batch), is_told=self._rank == 0)
+            rehearse = partial(self._task.rehearse, self._micro_batch)
+            warm_up(self._engine.backbone, rehearse, is_told=self._rank == 0)
 
     def request_stop(self) -> None:
         """Let `train` finish its step, save and return, on all ranks; a signal handler may call it, on any of them."""

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aroface.bf16 import has_bf16_units
+
 __all__ = ["LogitPrecision", "cosines_of", "operand", "product"]
 
 LogitPrecision = Literal["fp32", "bf16"]
@@ -34,11 +36,13 @@ def operand(values: Tensor, precision: LogitPrecision) -> Tensor:
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Product left @ right of two operands as float32, into `out` if there is one.
 
-    On a CPU the product of bf16 operands is rounded to bf16 before.
+    On a CPU with units for bf16 the product of bf16 operands is rounded to bf16 before.
     """
     if left.dtype == torch.float32:
         return torch.mm(left, right, out=out)
     if left.device.type == "cpu":
+        if not has_bf16_units():
+            return torch.mm(left.float(), right.float(), out=out)
         result = (left @ right).float()
         return result if out is None else out.copy_(result)
     return torch.mm(left, right, out_dtype=torch.float32, out=out)

@@ -63,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=int, default=1000, metavar="C", help="identities")
     parser.add_argument("--share", type=float, default=0.25, metavar="P", help="share of the batch that is attacked")
     parser.add_argument(
-        "--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="precision of the backbone"
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="precision of the backbone; auto: bf16 where this device has units for it, else fp32",
     )
     parser.add_argument(
         "--contiguous", action="store_true", help="keep images and activations in NCHW instead of channels last"
@@ -86,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layouts",
         action="store_true",
-        help="instead: plain steps in fp32 and contiguous against bf16 and channels last (and compiled)",
+        help="instead: plain steps in fp32 and contiguous against channels last, in bf16 too (and compiled)",
     )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted turns of every way")
@@ -107,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
     bench = StepBench(args, [name.strip() for name in args.ways.split(",")])
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    report = Report("step", ("torch", "deepspeed"), settings | {"device": bench.device_name})
+    settings |= {"device": bench.device_name, "precision": bench.config.engine.precision}
+    report = Report("step", ("torch", "deepspeed"), settings)
     uses_cpu_time = bench.device.type == "cpu"
     peaks = measure_peaks(threads=args.threads, device=bench.device.type)
     if not uses_cpu_time:
@@ -177,6 +181,7 @@ class StepBench:
 
         from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
         from aroface.engine.joint_update import JointUpdate
+        from aroface.engine.precision import with_precision
         from aroface.engine.task import FaceTask
         from aroface.errors import ConfigError
         from aroface.heads import HeadSGD, build_head
@@ -187,7 +192,7 @@ class StepBench:
             raise ConfigError(f"--ways {','.join(names)}: choose of {', '.join(_WAYS)}, with plain among them.")
         self.device = start_distributed()
         torch.set_num_threads(args.threads)
-        self._config = _config(args, {"kind": "adversarial"})
+        self._config = with_precision(_config(args, {"kind": "adversarial"}), self.device)
         torch.manual_seed(0)
         backbone = build_backbone(self._config.model).to(self.device)
         self._engine = BackboneEngine(backbone, self._config, 1)

@@ -92,5 +92,5 @@ def limits_of(config: "TrainConfig", *, classes: int, peaks: Peaks) -> StepLimit
     parameters = sum(p.numel() for p in backbone.parameters()) + classes * dim
     flops = forward_flops(backbone, torch.empty(batch, 3, side, side, device="meta"))
     head_flops = 2.0 * batch * classes * dim
-    precision, head_precision = config.engine.precision, config.head.logit_precision
+    precision, head_precision = config.engine.decided_precision, config.head.logit_precision
     return StepLimits(peaks, batch, flops, head_flops, parameters, precision, head_precision)

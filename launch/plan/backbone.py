@@ -82,7 +82,7 @@ def count_backbone(config: ModelConfig, *, precision: str) -> BackboneCounts:
 
     Args:
         config: the section `model`.
-        precision: `engine.precision`; with anything but fp32 the convolutions see two-byte numbers.
+        precision: `engine.precision`; with anything but fp32, auto included, the convolutions see two-byte numbers.
     """
     with FakeTensorMode():
         backbone = build_backbone(config).train()

@@ -75,7 +75,7 @@ def workload_of(config: TrainConfig, counts: BackboneCounts, *, gpus: int, class
     head = config.head
     return Workload(
         backbone=counts,
-        precision=config.engine.precision,
+        precision="bf16" if config.engine.precision == "auto" else config.engine.precision,  # a plan is for GPUs
         zero_stage=config.engine.zero_stage,
         bucket_numbers=int(zero.get("reduce_bucket_size", _DEEPSPEED_BUCKET)),
         gpus=gpus,

@@ -7,20 +7,19 @@ out could still belong to it.
 Legend: P probes, N rows, D embedding dimension, K candidates, B rows of a block.
 """
 
-import sys
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aroface.bf16 import has_bf16_units
 from retrieval.gallery.search import Found
 from retrieval.gallery.segments import Rows
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOLERANCE", "is_fast", "nearest_rows_bfloat16", "pays"]
+__all__ = ["TOLERANCE", "nearest_rows_bfloat16", "pays"]
 
 #: Bound on the error of a score of two unit vectors. Rounding both to 8 bits changes their product, whose sum of
 #: magnitudes is at most 1, by less than 2^-7 + 2^-16; rounding that, by 2^-8; adding up in float32 costs below 2^-12.
@@ -31,22 +30,10 @@ _LEAST_PRODUCTS = 1 << 27  #: about a second of work in float32: below, importin
 _LEAST_PROBES = 64  #: every row is rounded once for all of them
 
 
-@cache
-def is_fast() -> bool:
-    """Whether PyTorch multiplies bfloat16 faster than float32 here."""
-    if sys.platform != "linux":
-        return False
-    try:
-        import torch
-    except ImportError:
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def pays(probes: int, rows: int) -> bool:
     """Whether a search of this size is faster here than in float32."""
     is_large = probes >= _LEAST_PROBES and probes * rows >= _LEAST_PRODUCTS
-    return is_large and is_fast()
+    return is_large and has_bf16_units()
 
 
 def nearest_rows_bfloat16(rows: Rows, probes: NDArray[np.float32], count: int) -> Found:

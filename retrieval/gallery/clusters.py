@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.gallery.bfloat16 import is_fast
+from aroface.bf16 import has_bf16_units
 
 if TYPE_CHECKING:
     import torch
@@ -59,4 +59,4 @@ class Clusters:
 
 def _pays(probes: int) -> bool:
     """PyTorch is used where it is loaded already: importing it costs more than most searches win."""
-    return probes >= _LEAST_PROBES and "torch" in sys.modules and is_fast()
+    return probes >= _LEAST_PROBES and "torch" in sys.modules and has_bf16_units()

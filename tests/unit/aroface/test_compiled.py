@@ -14,7 +14,6 @@ from aroface.engine.deepspeed_settings import deepspeed_settings
 from aroface.engine.trainer import Trainer
 from aroface.errors import ConfigError
 from aroface.models.iresnet import IBasicBlock
-from aroface.types import Batch
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.training import ADAFACE, BATCH, DrawnData, config_of, train
 
@@ -83,8 +82,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, alignment):
     modules = (trainer._engine.module, trainer._head)
     before = [value.clone() for module in modules for value in module.state_dict().values()]
     state = torch.get_rng_state()
-    data = DrawnData()
-    trainer._task.rehearse(Batch(data.images[:BATCH], data.labels[:BATCH], torch.arange(BATCH)))
+    trainer._task.rehearse(BATCH)
     after = [value for module in modules for value in module.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert all(parameter.grad is None for module in modules for parameter in module.parameters())

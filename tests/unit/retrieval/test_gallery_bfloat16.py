@@ -90,10 +90,10 @@ def test_the_left_out_are_not_better_than_it_says():
 
 
 def test_small_searches_stay_in_float32(monkeypatch):
-    monkeypatch.setattr(bfloat16, "is_fast", lambda: True)
+    monkeypatch.setattr(bfloat16, "has_bf16_units", lambda: True)
     monkeypatch.setattr("sys.platform", "linux")
     assert pays(1000, 1_000_000)
     assert not pays(1, 1_000_000_000)
     assert not pays(1000, 1000)
-    monkeypatch.setattr(bfloat16, "is_fast", lambda: False)
+    monkeypatch.setattr(bfloat16, "has_bf16_units", lambda: False)
     assert not pays(1000, 1_000_000)

@@ -22,7 +22,7 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor with bfloat16 products; PyTorch computes the same on others."""
     import torch  # noqa: F401  # the choice is made here where it is loaded
 
-    monkeypatch.setattr(clusters, "is_fast", lambda: True)
+    monkeypatch.setattr(clusters, "has_bf16_units", lambda: True)
 
 
 def _drawn(count: int, seed: int) -> Array:
@@ -89,7 +89,7 @@ def test_few_probes_other_processors_and_without_pytorch_faiss_chooses(
     chosen.search(probes[:64], 3)
     assert len(visited) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(clusters, "is_fast", lambda: False)
+        patch.setattr(clusters, "has_bf16_units", lambda: False)
         np.testing.assert_array_equal(chosen.search(probes, 3)[1], index.search(probes, 3)[1])
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "torch")
@@ -113,6 +113,6 @@ def test_a_gallery_keeps_its_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = gallery.search(probes, top=1)
     truth = (enrolled.astype(np.float64) @ probes.astype(np.float64).T).max(axis=0)
     assert np.mean([near[0].score >= best - 1e-6 for near, best in zip(found, truth, strict=True)]) >= 0.97
-    monkeypatch.setattr(clusters, "is_fast", lambda: False)
+    monkeypatch.setattr(clusters, "has_bf16_units", lambda: False)
     by_faiss = gallery.search(probes, top=1)
     assert np.mean([a[0] == b[0] for a, b in zip(found, by_faiss, strict=True)]) >= 0.98
