@@ -1,13 +1,18 @@
-"""Which of a machine's GPUs belongs to this process. Imports torch only to count them."""
+"""Which part of a machine belongs to this process. Imports torch only to count GPUs."""
 
 import os
 
-__all__ = ["local_rank", "own_device", "own_gpu"]
+__all__ = ["local_rank", "local_ranks", "own_device", "own_gpu"]
 
 
 def local_rank() -> int:
     """Number of this process among those that torchrun or srun started on this machine; 0 where it is the only one."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0")
+
+
+def local_ranks() -> int:
+    """Processes that torchrun, srun or DeepSpeed started on this machine; 1 where there is no launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def own_gpu() -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aroface.config import TrainConfig, load_config
+from aroface.devices import local_ranks
 from launch.threads import free_cores
 
 if TYPE_CHECKING:
@@ -41,10 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from launch.training_data import open_training_data
     from launch.training_evaluators import open_evaluators
 
-    # torchrun's name for it, and DeepSpeed's
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
     if config.engine.threads is None:
-        threads = max(1, free_cores() // local_ranks)
+        threads = max(1, free_cores() // local_ranks())
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
     data = open_training_data(config.data, image_size=config.model.image_size)
     resume: Resume = args.resume if args.resume in ("auto", "never") else Path(args.resume)

@@ -1,9 +1,11 @@
 """The training images that a configuration names: local shards, remote ones, or several sets mixed."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aroface.config.data import BlockOrder, DataConfig
+from aroface.devices import local_ranks, own_device
 from aroface.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["open_training_data"]
 
 _SHARDS_SHUFFLED = 4
+#: One decodes 7,000 to 10,000 faces of 112 px a second; what is not wanted sleeps.
+_MOST_DECODING_THREADS = 4
 
 
 def open_training_data(config: DataConfig, *, image_size: int) -> "TrainingData":
@@ -58,11 +62,18 @@ def _open(address: str, config: DataConfig, image_size: int) -> "ShardDataset":
         Path(address) if cache is None else cache.directory,
         image_size=image_size,
         min_images_per_identity=config.min_images_per_identity,
-        workers=config.workers,
+        workers=config.workers or _decoding_threads(),
         max_bad_samples=config.max_bad_samples,
         order=config.order or (None if cache is None else _order_of_shards(cache)),
         cache=cache,
     )
+
+
+def _decoding_threads() -> int:
+    """On a CPU the training has the cores; beside a GPU all are free but the one that launches its work."""
+    if own_device() == "cpu":
+        return 1
+    return max(1, min(_MOST_DECODING_THREADS, len(os.sched_getaffinity(0)) // local_ranks() - 1))
 
 
 def _order_of_shards(cache: "ShardCache") -> BlockOrder:

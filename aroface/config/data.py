@@ -81,7 +81,9 @@ class DataConfig(Section):
     )
     cache_gib: float | None = Field(None, gt=0, description="largest size of the cache; null: no limit")
     colour_order: ColourOrder = Field(description="channel order that the model is trained with")
-    workers: int = Field(1, ge=1, le=64, description="decoding threads per rank")
+    workers: int | None = Field(
+        None, ge=1, le=64, description="decoding threads per rank; null: 1, beside a GPU up to 4 of the rank's cores"
+    )
     max_bad_samples: int = Field(0, ge=0, description="unreadable samples tolerated per run before it stops")
     min_images_per_identity: int = Field(1, ge=1, description="identities with fewer images are left out")
     augment: AugmentConfig = AugmentConfig()

@@ -7,6 +7,7 @@ import pytest
 from aroface.config.load import load_config
 from aroface.config.schema import TrainConfig
 from aroface.errors import ConfigError
+from launch import training_data
 from launch.cli import main
 from launch.training_data import open_training_data
 from shards.dataset import ShardDataset
@@ -34,6 +35,20 @@ def test_every_form_is_opened(drawn_shards: Path, tmp_path: Path) -> None:
         assert isinstance(cached, ShardDataset)
         assert cached.fingerprint == local.fingerprint
         assert not any(name.endswith(".tar") for name in asked), "tars are fetched when they are needed"
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "ranks", "expected"),
+    [("cpu", 16, 1, 1), ("cuda:0", 16, 1, 4), ("cuda:0", 16, 8, 1), ("cuda:1", 24, 8, 2), ("cuda:0", 1, 2, 1)],
+)
+def test_decoding_threads_follow_the_cores_that_a_rank_has(
+    monkeypatch: pytest.MonkeyPatch, drawn_shards: Path, device: str, cores: int, ranks: int, expected: int
+) -> None:
+    monkeypatch.setattr(training_data, "own_device", lambda: device)
+    monkeypatch.setattr(training_data.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    counts = [opened(f"data.shards={drawn_shards}", *settings).workers for settings in ((), ("data.workers=7",))]
+    assert counts == [expected, 7]
 
 
 @pytest.mark.parametrize(
