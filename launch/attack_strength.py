@@ -21,7 +21,7 @@ from launch.attacked_run import WAYS, TrainedRun
 
 __all__ = ["EXACT", "Strength", "measure_strength"]
 
-EXACT = "adversarial"
+EXACT = "adversarial (batch)"
 _QUARTERS = 4
 _RESAMPLES = 1000
 

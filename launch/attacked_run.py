@@ -13,7 +13,7 @@ from aroface.alignment.elastic import random_elastic
 from aroface.alignment.release import release_attack, release_warp
 from aroface.augment import augment
 from aroface.config import TrainConfig, parse_config
-from aroface.config.schema import AlignmentConfig
+from aroface.config.alignment import STEPS_TO_SETTLE, AlignmentConfig
 from aroface.engine.checkpoint import load_backbone, load_head
 from aroface.engine.checkpoint_layout import read_training_state, resolve_checkpoint
 from aroface.engine.seeding import derive_generator
@@ -30,7 +30,7 @@ __all__ = ["WAYS", "TrainedRun", "attack_config", "open_run"]
 WAYS: dict[str, dict[str, Any]] = {
     "random": {"kind": "random"},
     "adversarial": {"kind": "adversarial"},
-    "adversarial (running)": {"kind": "adversarial", "batch_statistics": "running"},
+    "adversarial (batch)": {"kind": "adversarial", "batch_statistics": "batch"},
     "delayed": {"kind": "delayed"},
     "best_of 2": {"kind": "best_of", "candidates": 2},
     "best_of 4": {"kind": "best_of", "candidates": 4},
@@ -98,7 +98,7 @@ class TrainedRun:
         if way == "random elastic":
             psi, field = random_elastic(len(images), (images.shape[2], images.shape[3]), config, generator)
             return Attacked(warp(images, psi, fill=_FILL, field=field), psi, field)
-        with frozen_statistics(self.backbone, config.batch_statistics):
+        with frozen_statistics(self.backbone, config.statistics_at(STEPS_TO_SETTLE)):
             if config.release_compat:
                 draws = draw_release(len(images), config, generator)
                 psi = release_attack(images, labels, loss_of=self.losses, config=config, draws=draws)

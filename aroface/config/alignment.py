@@ -9,12 +9,17 @@ from aroface.config.section import Section
 from aroface.contract import ARCFACE_TEMPLATE_112
 
 __all__ = [
+    "STEPS_TO_SETTLE",
     "AlignmentConfig",
     "AlignmentKind",
     "ElasticConfig",
 ]
 
 AlignmentKind = Literal["none", "random", "adversarial", "delayed", "best_of", "elastic"]
+
+#: Optimiser steps after which running averages are those of the network, and not of what it began with: with PyTorch's
+#: momentum of 0.1, 0.9^100 = 3e-5 of the beginning is left, and a deep network has left the chaos of its first dozen.
+STEPS_TO_SETTLE = 100
 
 #: Farthest landmark of the template from the centre, in half images.
 _FARTHEST_LANDMARK = max(math.hypot((2 * x + 1) / 112 - 1, (2 * y + 1) / 112 - 1) for x, y in ARCFACE_TEMPLATE_112)
@@ -74,8 +79,10 @@ class AlignmentConfig(Section):
         gt=0,
         description="farthest any of the five template landmarks may move, pixels of a 112-px face; null: no limit",
     )
-    batch_statistics: Literal["batch", "running"] = Field(
-        "batch", description="BatchNorm in the attack pass: of the attacked images, or the running averages"
+    batch_statistics: Literal["auto", "batch", "running"] = Field(
+        "auto",
+        description="BatchNorm in the attack pass: of the attacked images, or the running averages; auto: running, "
+        f"but batch in the first {STEPS_TO_SETTLE} steps, while the averages settle",
     )
     elastic: ElasticConfig = Field(ElasticConfig(), description="local field; ignored unless kind: elastic")
     consistency_weight: float = Field(
@@ -112,7 +119,7 @@ class AlignmentConfig(Section):
             if self.batch_statistics == "running":
                 problems.append(
                     "batch_statistics = running cannot be delayed: the gradient is that of the main pass, which "
-                    "normalises by the batch; set batch_statistics: batch"
+                    "normalises by the batch; set batch_statistics: batch, or leave it out"
                 )
         return problems
 
@@ -124,7 +131,7 @@ class AlignmentConfig(Section):
             problems.append(f"release_compat = true has no kind: {self.kind}; set kind: adversarial")
         for name, is_default, default in (
             ("landmark_budget_px", self.landmark_budget_px is None, "null"),
-            ("batch_statistics", self.batch_statistics == "batch", "batch"),
+            ("batch_statistics", self.batch_statistics != "running", "batch"),
             ("consistency_weight", self.consistency_weight == 0, "0"),
         ):
             if not is_default:
@@ -162,6 +169,13 @@ class AlignmentConfig(Section):
                 "landmark_budget_px, or lower start_noise"
             )
         return problems
+
+    def statistics_at(self, step: int) -> Literal["batch", "running"]:
+        """What batch norm uses in the attack passes of an optimiser step."""
+        if self.batch_statistics != "auto":
+            return self.batch_statistics
+        has_choice = self.kind != "delayed" and not self.release_compat
+        return "running" if has_choice and step >= STEPS_TO_SETTLE else "batch"
 
     @property
     def start_displacement_px(self) -> float:

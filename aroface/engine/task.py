@@ -88,21 +88,24 @@ class FaceTask:
         """
         return self._output(batch, step=step, micro_step=micro_step, main_pass=self.engine)
 
-    def rehearse(self, micro_batch: int) -> None:
+    def rehearse(self, micro_batch: int, steps: range) -> None:
         """Every pass of a step, forward and backward, that changes nothing: what is compiled or recorded sees it first.
 
         Args:
             micro_batch: images of this rank, here of noise.
+            steps: optimiser steps that follow; one of each kind of attack pass is rehearsed.
         """
         side, numbers = self.config.model.image_size, torch.arange(micro_batch)
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (micro_batch, side, side, 3), dtype=torch.uint8, generator=generator)
         batch = Batch(images, numbers % self.head.num_classes, numbers)
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
+        kinds = {self.config.alignment.statistics_at(step): step for step in (steps[0], steps[-1])}
         with untouched(self.engine.module, self.head):
-            # Not through DeepSpeed, whose hooks would take it for the beginning of a step.
-            output = self._output(batch, step=0, micro_step=0, main_pass=self._main_pass)
-            torch.autograd.grad(output.loss, trained)
+            for step in kinds.values():
+                # Not through DeepSpeed, whose hooks would take it for the beginning of a step.
+                output = self._output(batch, step=step, micro_step=0, main_pass=self._main_pass)
+                torch.autograd.grad(output.loss, trained)
 
     def _output(self, batch: Batch, *, step: int, micro_step: int, main_pass: Callable[[Tensor], Tensor]) -> StepOutput:
         if self._draws_dropout:  # it draws from torch's global generator, which no checkpoint holds
@@ -113,7 +116,7 @@ class FaceTask:
         started = time.perf_counter()
         aligned = self._align(images, labels, step=step, micro_step=micro_step)
         has_consistency = self.config.alignment.consistency_weight > 0 and len(aligned.warped) > 0
-        target = self._clean_embeddings(aligned.clean) if has_consistency else None
+        target = self._clean_embeddings(aligned.clean, step) if has_consistency else None
         attack_s = time.perf_counter() - started
         embeddings = main_pass(aligned.images)
         loss = self.head(embeddings, aligned.labels, step=step)
@@ -145,7 +148,7 @@ class FaceTask:
             mixed = Mixed(images, labels, self._nothing, images[:0])
         else:
             count = round(config.share * len(images))
-            with frozen_statistics(self.engine.module, config.batch_statistics):
+            with frozen_statistics(self.engine.module, config.statistics_at(step)):
                 realigned = realign(
                     images,
                     labels,
@@ -170,8 +173,8 @@ class FaceTask:
         )
         return Mixed(images, labels, self._nothing, images[:0])
 
-    def _clean_embeddings(self, images: Tensor) -> Tensor:
-        with torch.no_grad(), frozen_statistics(self.engine.module, self.config.alignment.batch_statistics):
+    def _clean_embeddings(self, images: Tensor, step: int) -> Tensor:
+        with torch.no_grad(), frozen_statistics(self.engine.module, self.config.alignment.statistics_at(step)):
             return self._embed(images).float()
 
     def _inconsistency(self, warped: Tensor, clean: Tensor) -> Tensor:
@@ -217,7 +220,7 @@ def _check_share(config: TrainConfig, micro_batch: int) -> None:
             "batch that 8 divides (0.25: 4, 0.5: 2), or release_compat: false."
         )
     has_pass = alignment.kind in ("adversarial", "best_of", "elastic") or alignment.consistency_weight > 0
-    if count == 1 and has_pass and alignment.batch_statistics == "batch":
+    if count == 1 and has_pass and alignment.batch_statistics != "running":
         raise ConfigError(
             f"alignment.share = {alignment.share} of {micro_batch} images per rank and micro-batch is one image, which "
             "has no batch statistics; raise alignment.share or batch.micro_batch, or set "

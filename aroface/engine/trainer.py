@@ -247,14 +247,14 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Let the compiler have its minutes and graphs be recorded before the first step, on a batch of noise."""
-        graphed = self._engine.graphed
-        if not (self.config.engine.compile or graphed) or self.position.step == self.total_steps:
+        graphed, steps = self._engine.graphed, range(self.position.step, self.total_steps)
+        if not steps or not (self.config.engine.compile or graphed):
             return
         if graphed:
-            self._task.rehearse(self._micro_batch)
+            self._task.rehearse(self._micro_batch, steps)
             graphed.settle(is_told=self._rank == 0)
         else:
-            rehearse = partial(self._task.rehearse, self._micro_batch)
+            rehearse = partial(self._task.rehearse, self._micro_batch, steps)
             warm_up(self._engine.backbone, rehearse, is_told=self._rank == 0)
 
     def request_stop(self) -> None:

@@ -40,14 +40,14 @@ _WAYS: dict[str, dict[str, Any]] = {
     "plain": {"kind": "none"},
     "random": {"kind": "random"},
     "adversarial": {"kind": "adversarial"},
-    "adversarial (running)": {"kind": "adversarial", "batch_statistics": "running"},
+    "adversarial (batch)": {"kind": "adversarial", "batch_statistics": "batch"},
     "delayed": {"kind": "delayed"},
     "best_of 2": {"kind": "best_of", "candidates": 2},
     "best_of 4": {"kind": "best_of", "candidates": 4},
     "elastic": {"kind": "elastic"},
     "published": {"kind": "adversarial", "release_compat": True},
 }
-_GOALS = {"adversarial": 1.20, "adversarial (running)": 1.20, "delayed": 1.05}
+_GOALS = {"adversarial": 1.20, "adversarial (batch)": 1.20, "delayed": 1.05}
 _WARP_SHARE = 0.02
 _WAIT_SHARE = 0.02
 _LR = 1e-4
@@ -179,6 +179,7 @@ class StepBench:
     def __init__(self, args: argparse.Namespace, names: list[str]) -> None:
         import torch
 
+        from aroface.config.alignment import STEPS_TO_SETTLE
         from aroface.engine.deepspeed_engine import BackboneEngine, start_distributed
         from aroface.engine.joint_update import JointUpdate
         from aroface.engine.precision import with_precision
@@ -207,7 +208,8 @@ class StepBench:
             for name in names
         }
         self._plain_task = tasks["plain"]
-        self._taken: dict[str, int] = defaultdict(int)
+        #: Number of the next step of each way: far enough in a training for the attack to use running averages.
+        self._next: dict[str, int] = defaultdict(lambda: STEPS_TO_SETTLE)
         self.skipped = 0  #: steps whose fp16 gradient overflowed, and which therefore had no optimisers
         steps = _STEPS_ON_GPU if self.device.type == "cuda" else 1
         #: One turn, and one step, of each way; both return the number of images and wait for the device.
@@ -245,8 +247,8 @@ class StepBench:
         return steps * len(self._batch.labels)
 
     def _step(self, name: str, task: Any, batch: "Batch") -> "StepReport":
-        step = self._taken[name]
-        self._taken[name] += 1
+        step = self._next[name]
+        self._next[name] += 1
         output = task(batch, step=step, micro_step=step)
         self._engine.backward(output.loss)
         return self._update(output.loss.detach()[None], _LR)
@@ -272,6 +274,7 @@ class StepBench:
         from aroface.alignment import frozen_statistics, realign, warp
         from aroface.alignment.attack import random_corner
         from aroface.augment import augment
+        from aroface.config.alignment import STEPS_TO_SETTLE
         from aroface.engine.seeding import derive_generator
         from aroface.preprocess import normalise
 
@@ -288,7 +291,7 @@ class StepBench:
             embeddings = engine.beside(warped.contiguous(memory_format=layout))
             return head.losses(embeddings, targets, step=0, update_statistics=False)
 
-        with frozen_statistics(engine.module, "batch"):
+        with frozen_statistics(engine.module, config.alignment.statistics_at(STEPS_TO_SETTLE)):
             aligned = realign(images, labels, config=config.alignment, loss_of=losses, generator=generator)
         images = aligned.images.contiguous(memory_format=layout)
         clock.lap("attack")

@@ -114,7 +114,7 @@ bench_step() {
   local name="step-r$1-batch-$2-classes-$3${tag:-}" graphs=--cuda-graphs
   case ${tag:-} in -eager | -compiled) graphs='' ;; esac
   step "$name" "$4" aroface bench step --depth "$1" --batch "$2" --classes "$3" --logit-precision bf16 --zero-stage 0 \
-    $graphs --ways 'plain,adversarial,adversarial (running),delayed' --rounds 5 --out "$out/$name.json" "${@:5}"
+    $graphs --ways 'plain,adversarial,adversarial (batch),delayed' --rounds 5 --out "$out/$name.json" "${@:5}"
 }
 
 peer_steps() {

@@ -11,7 +11,7 @@ from aroface.models import build_backbone
 from launch.study.design import load_study
 
 ROOT = Path(__file__).parents[2]
-STUDIES = [ROOT / "configs" / "study" / "alignment.yaml"]
+STUDIES = [ROOT / "configs" / "study" / name for name in ("alignment.yaml", "attack-statistics.yaml")]
 FILES = sorted({*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/recipes/*.yaml")} - set(STUDIES))
 HEADER = ("# Source:", "# Expected:", "# Hardware:", "# Command:")
 

@@ -35,7 +35,7 @@ def test_strength_counts_from_clean_to_exact(tmp_path, run):
     assert set(ways) == {"clean", *WAYS}
     for kind in ("kept_training", "kept_running"):
         assert ways["clean"][kind] == [0.0, 0.0, 0.0]
-        assert ways["adversarial"][kind] == [1.0, 1.0, 1.0]
+        assert ways["adversarial (batch)"][kind] == [1.0, 1.0, 1.0]
     assert ways["best_of 16"]["loss_training"] > ways["best_of 2"]["loss_training"]
 
 

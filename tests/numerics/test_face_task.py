@@ -80,10 +80,26 @@ def test_consistency_adds_its_weight_times_one_minus_cosine(statistics):
 
 def test_gradient_of_the_consistency_term_goes_through_the_warped_images_alone():
     task, engine, _ = build(config(consistency_weight=1.0, kind="adversarial"))
-    clean = task._clean_embeddings(torch.randn(4, 3, 32, 32))
+    clean = task._clean_embeddings(torch.randn(4, 3, 32, 32), 0)
     assert not clean.requires_grad
     task(batch(), step=0, micro_step=0).loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in engine.module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["adversarial", "best_of", "elastic"])
+def test_attack_uses_running_averages_once_they_have_settled(kind):
+    def seen(step, statistics):
+        task, engine, _ = build(config(kind=kind, batch_statistics=statistics, consistency_weight=1.0))
+        norm = engine.module[1]
+        norm.running_var.fill_(0.1)
+        norm.running_mean.copy_(torch.randn(len(norm.running_mean), generator=torch.Generator().manual_seed(1)))
+        loss = task(batch(), step=step, micro_step=3).loss
+        return torch.cat([engine.seen[0].flatten(), loss.detach()[None]])
+
+    for step, same, other in ((0, "batch", "running"), (99, "batch", "running"), (100, "running", "batch")):
+        found = seen(step, "auto")
+        assert torch.equal(found, seen(step, same))
+        assert not torch.equal(found, seen(step, other))
 
 
 @pytest.mark.parametrize(

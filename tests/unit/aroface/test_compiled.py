@@ -82,7 +82,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, alignment):
     modules = (trainer._engine.module, trainer._head)
     before = [value.clone() for module in modules for value in module.state_dict().values()]
     state = torch.get_rng_state()
-    trainer._task.rehearse(BATCH)
+    trainer._task.rehearse(BATCH, range(2))
     after = [value for module in modules for value in module.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert all(parameter.grad is None for module in modules for parameter in module.parameters())

@@ -16,6 +16,22 @@ def test_the_defaults_of_every_kind_are_valid(kind):
 
 
 @pytest.mark.parametrize(
+    ("settings", "before", "after"),
+    [
+        ({}, "batch", "running"),
+        ({"batch_statistics": "batch"}, "batch", "batch"),
+        ({"batch_statistics": "running"}, "running", "running"),
+        ({"kind": "best_of"}, "batch", "running"),
+        ({"kind": "delayed"}, "batch", "batch"),
+        ({"release_compat": True}, "batch", "batch"),
+    ],
+)
+def test_running_averages_are_used_once_they_have_settled(settings, before, after):
+    config = AlignmentConfig(**{"kind": "adversarial", **settings})
+    assert [config.statistics_at(step) for step in (0, 99, 100, 10**6)] == [before, before, after, after]
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"kind": "random", "share": 0.0}, "share = 0 leaves nothing for kind = random; set kind: none"),

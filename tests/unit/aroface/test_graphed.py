@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from aroface.alignment import frozen_statistics
+from aroface.config import alignment
 from aroface.config.schema import TrainConfig
 from aroface.engine import graphed
 from aroface.engine.deepspeed_settings import deepspeed_settings
@@ -303,6 +304,22 @@ def test_all_is_recorded_before_the_first_step(tmp_path, recorder, monkeypatch):
     monkeypatch.setattr(Trainer, "_step", lambda self, *args: seen.append(len(recorder.graphs)) or step(self, *args))
     train(tmp_path / "run", GRAPHS, "schedule.epochs=0.5")
     assert seen == [4, 4, 4]
+
+
+def test_both_kinds_of_attack_pass_are_recorded_before_the_first_step(tmp_path, monkeypatch):
+    from aroface.engine.trainer import Trainer
+
+    monkeypatch.setattr(alignment, "STEPS_TO_SETTLE", 3)
+    settings = ("alignment={kind: adversarial, share: 0.5}",)
+    eager = train(tmp_path / "eager", *settings)
+    recorder = with_stand_in(monkeypatch)
+    seen, step = [], Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self, *args: seen.append(len(recorder.graphs)) or step(self, *args))
+    replayed = train(tmp_path / "graphs", *settings, GRAPHS)
+    assert set(seen) == {6}  # main pass, attack by the batch, attack by running averages
+    assert min(graph.replays for graph in recorder.graphs) >= 3
+    assert replayed.losses == eager.losses
+    assert all(torch.equal(replayed.tensors[name], value) for name, value in eager.tensors.items())
 
 
 def test_a_training_that_cannot_record_is_the_eager_one(tmp_path, recorder, caplog):
