@@ -24,6 +24,7 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 _CPU_SIDES, _GPU_SIDES = (512, 1024, 2048), (4096, 8192)
 _CPU_BYTES, _GPU_BYTES = 1 << 28, 1 << 30  # larger than any cache
 _BUDGET_S = 0.25  # of each measurement
+_LONGEST_S = 1.0  # of one product
 _WARM_UP = 1
 
 
@@ -112,11 +113,16 @@ def _measure(device: str, name: str, threads: int, clock: Literal["cpu", "wall"]
 
 def _product_rate(precision: Precision, device: str, timed: "_Timer") -> float | None:
     """Operations per second of the best side of a square product; None where PyTorch has no such product."""
-    sides = _CPU_SIDES if device == "cpu" else _GPU_SIDES
-    try:
-        return max(2 * side**3 / timed(_product(precision, side, device)) for side in sides)
-    except (RuntimeError, NotImplementedError):
-        return None
+    best = 0.0
+    for side in _CPU_SIDES if device == "cpu" else _GPU_SIDES:
+        operations = 2 * side**3
+        if best and operations / best > _LONGEST_S:
+            break  # no units for this precision: minutes of the same rate would follow
+        try:
+            best = max(best, operations / timed(_product(precision, side, device)))
+        except (RuntimeError, NotImplementedError):
+            return None
+    return best
 
 
 def _product(precision: Precision, side: int, device: str) -> Callable[[], object]:

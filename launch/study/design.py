@@ -31,6 +31,7 @@ _PLAIN_PASSES = 3.0
 class StudyConfig(Section):
     """One study, complete but for the training recipe that it names."""
 
+    title: str = Field("Alignment attacks compared", min_length=1, description="heading of the page of results")
     base: str = Field(description="training configuration, relative to this file; its head and alignment are replaced")
     base_on_gpu: str | None = Field(None, description="the same for a machine with a CUDA device; null: base")
     seeds: list[int] = Field(min_length=1, description="each arm is trained once with each")

@@ -46,7 +46,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 def to_markdown(study: Study, summary: Summary, *, command: str, machine: Mapping[str, str]) -> str:
     """Tables of means and of differences."""
     lines = [
-        "# Does the alignment attack help?",
+        f"# {study.config.title}",
         "",
         f"Command: `{command}`  ",
         f"Hardware: {', '.join(f'{key} {value}' for key, value in machine.items())}  ",

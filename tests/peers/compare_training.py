@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from aroface.bf16 import has_bf16_units
 from aroface.engine.deepspeed_engine import start_distributed
 from aroface.files import write_json
 from launch.bench import step as step_bench
@@ -85,8 +86,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def compare_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Ours in bf16 and as they do it (fp32, contiguous), theirs as they come and with bf16 autocast put around."""
-    ours = _our_steps(args, ["--precision", "bf16", *["--cuda-graphs"] * args.cuda_graphs])
+    """Ours as it trains and as they do it (fp32, contiguous), theirs as they come and with bf16 autocast put around.
+
+    Bf16 only where the device has units for it.
+    """
+    ours = _our_steps(args, ["--cuda-graphs"] * args.cuda_graphs)
     plain_fp32 = _our_steps(args, ["--precision", "fp32", "--contiguous"], ways=("plain",))["plain"]
     work = {f"ours, {name}": step for name, step in ours.items()} | {"ours, plain, fp32": plain_fp32}
     for name, folder in (("arcface_torch", ARCFACE), ("ARoFace", ATTACK)):
@@ -98,7 +102,8 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> dict[str, A
         work[f"{name}, plain"] = peer.plain
         if code.attack is not None:
             work[f"{name}, attacked"] = peer.attacked
-        elif device.type == "cpu":  # on a GPU their network switches autocast off where it is not fp16
+        elif device.type == "cpu" and has_bf16_units():
+            # On a GPU their network switches autocast off where it is not fp16.
             work[f"{name}, plain, bf16 autocast"] = training_code.PeerStep(code, **size, precision="bf16").plain
     found = {m.name: m for m in interleave(_repeated(work, args.steps), rounds=args.rounds, on_round=_progress)}
     column = 0 if device.type == "cuda" else 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from aroface.bf16 import has_bf16_units
 from aroface.engine.deepspeed_engine import start_distributed
 from launch.bench.head_peer import peer_loss
 from launch.bench.peers import arcface_batches
@@ -96,6 +97,7 @@ def test_nothing_to_compare_is_said(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_steps_are_compared_whatever_the_checkouts_hold(stand_in, tmp_path):
     for folder in FOLDERS:
         shutil.copytree(stand_in, tmp_path / folder)
@@ -104,7 +106,8 @@ def test_steps_are_compared_whatever_the_checkouts_hold(stand_in, tmp_path):
     sizes = ["--batch", "8", "--classes", "20", "--rounds", "1"]
     assert compare_training.main([str(tmp_path), "--parts", "step", *sizes, "--out", str(out)]) == 0
     step = json.loads(out.read_text())["step"]
-    assert set(step["ratios"]) == {title for title, _, _ in compare_training._step_ratios()}
+    without = set() if has_bf16_units() else {"arcface_torch with bf16 autocast / ours, plain"}
+    assert set(step["ratios"]) == {title for title, _, _ in compare_training._step_ratios()} - without
     assert step["settings"]["logit_precision"] == "fp32"
 
 

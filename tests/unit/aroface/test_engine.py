@@ -54,7 +54,7 @@ def test_accumulation_is_derived_and_a_misfit_names_all_four_numbers():
 
 
 def test_deepspeed_settings_are_written_out():
-    settings = deepspeed_settings(config(batch={"global_batch": 32, "micro_batch": 4}), 2)
+    settings = deepspeed_settings(config(batch={"global_batch": 32, "micro_batch": 4}, engine={"precision": "bf16"}), 2)
     assert settings["train_batch_size"] == 32
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["zero_optimization"] == {"stage": 1, "compute_grad_norm": False}

@@ -32,6 +32,19 @@ def test_measured_peaks_are_rates(monkeypatch: pytest.MonkeyPatch, clock: str):
     assert all(math.isfinite(rate) and rate > 0 for rate in (*peaks.flops_per_s.values(), peaks.bytes_per_s))
 
 
+def test_no_larger_product_follows_one_that_says_that_it_would_take_seconds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roofline, "_product", lambda precision, side, device: lambda: side)
+    for rate, sides in ((1e9, [512]), (3e9, [512, 1024]), (1e12, [512, 1024, 2048])):
+        seen: list[int] = []
+
+        def timed(work, rate=rate, seen=seen) -> float:
+            seen.append(work())
+            return 2 * seen[-1] ** 3 / rate
+
+        assert roofline._product_rate("bf16", "cpu", timed) == pytest.approx(rate)
+        assert seen == sides
+
+
 def test_the_fastest_call_counts_and_the_first_never(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     costs = iter([1.0, 8.0, 5.0, 7.0, 6.0])
