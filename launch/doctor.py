@@ -148,12 +148,13 @@ def _check_accelerators() -> list[Finding]:
 def _check_cpu_arithmetic() -> list[Finding]:
     import torch
 
+    from aroface.bf16 import has_bf16_units
+
     left = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     error = float((left.bfloat16() @ left.bfloat16()).float().sub(left @ left).abs().max())
-    capability = torch.backends.cpu.get_cpu_capability()
-    return [
-        Finding("bf16 on CPU", "ok" if error < 1 else "broken", f"{capability}, error {error:.3f} of a 64 x 64 product")
-    ]
+    units = "units for it" if has_bf16_units() else "no units for it: trainings take fp32"
+    detail = f"{torch.backends.cpu.get_cpu_capability()}, {units}; error {error:.3f} of a 64 x 64 product"
+    return [Finding("bf16 on CPU", "ok" if error < 1 else "broken", detail)]
 
 
 def _check_collectives() -> list[Finding]:
