@@ -117,7 +117,7 @@ class DelayedAttack:
         images = batch.images.detach()
         count = round(self._config.share * len(images))
         priority = torch.rand(len(images), generator=generator, device=generator.device)
-        priority[batch.warped] = -1.0
+        priority.index_fill_(0, batch.warped, -1.0)
         chosen = priority.topk(min(count, len(images) - len(batch.warped))).indices
         leaf = images.requires_grad_()
 

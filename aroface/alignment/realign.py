@@ -123,31 +123,27 @@ def frozen_statistics(module: nn.Module, mode: Literal["batch", "running"]) -> I
         mode: `batch` normalises by the statistics of the batch at hand without recording them; `running` by the
             running averages. A batch norm that is frozen (in evaluation mode) keeps its running averages in both.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m, m.training, m.track_running_stats) for m in norms]
-    dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    buffers = [(m, m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
+    modules = list(module.modules())
+    trained = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+    resting: list[nn.Module] = [m for m in modules if m.training and isinstance(m, nn.Dropout)]
+    norms = [m for m in modules if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    unrecorded = []
+    if mode == "running":
+        resting += norms
+    else:  # a training batch norm that tracks nothing has nothing to update
+        unrecorded = [norm for norm in norms if norm.track_running_stats]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        for dropout in dropouts:
-            dropout.eval()
-        for norm in norms:
-            if mode == "running":
-                norm.eval()
-            elif norm.training:
-                # Without running buffers a training batch norm has nothing to update.
-                norm.track_running_stats = False
-                norm.running_mean = norm.running_var = None
+        for one in resting:
+            one.training = False
+        for norm in unrecorded:
+            norm.track_running_stats = False
         yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for dropout in dropouts:
-            dropout.train()
-        for norm, mean, var, count in buffers:
-            norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, var, count
-        for norm, training, tracks in before:
-            norm.train(training)
-            norm.track_running_stats = tracks
+        for one in resting:
+            one.training = True
+        for norm in unrecorded:
+            norm.track_running_stats = True

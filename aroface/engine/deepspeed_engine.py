@@ -144,6 +144,9 @@ class BackboneEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
+        if world_size == 1 and self._stage == 0:
+            # It would still put all gradients into one tensor and copy each of them back.
+            self._engine.enable_backward_allreduce = False
         # DeepSpeed sends through a copy of the process group, which it gives PyTorch's own time limit.
         limit_waiting(deepspeed.utils.groups._clone_world_group(), config.engine.timeout_s)
         self._sgd = optimizer
@@ -235,7 +238,10 @@ class BackboneEngine:
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the averaged gradient, at the boundary, before `step`; `step` reads these tensors."""
         if self._stage == 0:
-            return [p.grad for p in self._trained.values() if p.grad is not None]
+            for parameter in self._trained.values():
+                if parameter.grad is None:  # DeepSpeed does it where there are ranks to add up
+                    parameter.grad = torch.zeros_like(parameter)
+            return [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         groups = self._engine.optimizer.averaged_gradients.values()
         return [part for group in groups if group is not None for part in group]
 

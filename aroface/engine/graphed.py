@@ -95,8 +95,9 @@ class GraphedPasses:
 
     def __init__(self, backbone: nn.Module, autocast: Callable[[], AbstractContextManager[object]]) -> None:
         self._backbone, self._autocast = backbone, autocast
-        self._norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
-        self._drawing = [module for module in backbone.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+        self._modules = list(backbone.modules())
+        self._norms = [module for module in self._modules if isinstance(module, _BatchNorm)]
+        self._drawing = [module for module in self._modules if isinstance(module, nn.Dropout) and module.p > 0]
         self._trained = {name: weight for name, weight in backbone.named_parameters() if weight.requires_grad}
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: Any = None
@@ -190,7 +191,8 @@ class GraphedPasses:
         self._pool = None  # a pool without graphs takes no new ones
 
     def _addresses(self) -> tuple[int, ...]:
-        return tuple(t.data_ptr() for t in chain(self._backbone.parameters(), self._backbone.buffers()))
+        found = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in self._modules)
+        return tuple(tensor.data_ptr() for tensor in found if tensor is not None)
 
     def _record(self, like: Tensor, wanted: _Wanted, addresses: tuple[int, ...]) -> _Recorded:
         """Record a pass over images such as these.

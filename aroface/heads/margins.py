@@ -48,8 +48,13 @@ def shifted_cosines(cosines: Tensor, margin: float | Tensor) -> Tensor:
         cosines: (N,) in [-1, 1].
         margin: m in radians, one or (N,).
     """
-    angle = torch.as_tensor(margin, dtype=cosines.dtype, device=cosines.device)
+    angle = _angle(margin, cosines)
     return cosines * angle.cos() - _sines(cosines) * angle.sin()
+
+
+def _angle(margin: float | Tensor, like: Tensor) -> Tensor:
+    """The margin beside `like`; a number is written there, for the host would wait until it had sent a copy."""
+    return margin.to(like) if isinstance(margin, Tensor) else like.new_full((), margin)
 
 
 def arc_margin(
@@ -73,7 +78,7 @@ def arc_margin(
     Source: ArcFace, arXiv:1801.07698, Eq. 3; MagFace, arXiv:2103.06627.
     """
     shifted = shifted_cosines(cosines, margin)
-    angle = torch.as_tensor(margin, dtype=cosines.dtype, device=cosines.device)
+    angle = _angle(margin, cosines)
     beyond = cosines < -angle.cos()  # theta > pi - m
     match continuation:
         case "reflect":

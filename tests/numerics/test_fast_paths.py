@@ -107,6 +107,8 @@ def test_the_watch_sees_every_way_of_asking(monkeypatch):
         lambda: x.unique(),
         lambda: x.masked_select(x > 1),
         lambda: x.to("cpu", copy=True),
+        lambda: torch.as_tensor(0.5, device=x.device),
+        lambda: x.__setitem__(torch.tensor([1]), -1.0),
         lambda: get_accelerator().synchronize(),
     ]
     for way in ways:
@@ -130,6 +132,7 @@ class Asked(TorchDispatchMode):
             *(aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default),
             *(aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default),
             *(aten.masked_select.default, aten.bincount.default, aten.repeat_interleave.Tensor),
+            aten.lift_fresh.default,  # numbers of Python become a tensor: sent to a device, they are waited for
         }
     )
     _INDEXING = frozenset({aten.index.Tensor, aten.index_put.default, aten.index_put_.default})
