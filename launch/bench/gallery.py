@@ -100,9 +100,9 @@ def _on_gpu(args: argparse.Namespace) -> int:
     import torch
 
     from launch.bench.gallery_on_gpu import measure_on
-    from retrieval.gallery.on_gpu import parse_device
+    from retrieval.devices import gpu_numbers
 
-    parse_device("cuda:0")  # says what is missing
+    gpu_numbers("cuda:0")  # says what is missing
     device = torch.device("cuda", 0)
     settings = {"size": args.size, "top": args.top, "device": torch.cuda.get_device_name(device)}
     report = Report("gallery", ("faiss-gpu", "faiss-gpu-cu12", "torch", "numpy"), settings)

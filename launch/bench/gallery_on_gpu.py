@@ -1,11 +1,12 @@
 """Exact search on one GPU at the size of large galleries, against the bandwidth and the arithmetic of the device.
 
 Unit vectors are drawn on the device, without structure: an exact search reads all of them whatever they are. They are
-kept as float16 there and as float32 in the memory of the host, where `flat, fp16` compares its candidates again, as a
-gallery of kind fp16 does. Beside it: the bare Faiss index, and a product with `topk` in PyTorch.
+kept as float16 there and as float32 in the memory of the host, where `gallery, fp16` compares its candidates again, as
+every gallery of that kind does. Beside it: its index alone, a bare Faiss index where Faiss supports GPUs, and a product
+with `topk` in PyTorch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from launch.bench.roofline import Peaks, measure_peaks
 if TYPE_CHECKING:
     import torch
 
-    from retrieval.gallery.segments import Rows
     from retrieval.gallery.sources import IndexedSource, TrackedIndex
 
 __all__ = ["measure_on"]
@@ -26,6 +26,7 @@ __all__ = ["measure_on"]
 _DIM = 512
 _DRAWN_ROWS = 1 << 18
 _BLOCK_ROWS = 1 << 20  # of a score matrix in PyTorch
+_FAISS_ROWS = 1 << 20  # that it takes at a time
 _MANY = 4096
 _ROUNDS = 10
 
@@ -36,7 +37,7 @@ def measure_on(
     *,
     size: int,
     top: int,
-    index_of: "Callable[[Rows, NDArray[np.int64]], TrackedIndex] | None" = None,
+    bare: Any = None,
     many: int = _MANY,
     peaks: Peaks | None = None,
 ) -> None:
@@ -47,28 +48,30 @@ def measure_on(
         report: gets the figures.
         size: vectors.
         top: length of the lists.
-        index_of: makes the index (default: float16 on the first GPU).
+        bare: an empty Faiss index to compare with (default: float16 on the first GPU, where Faiss supports it).
         many: probes of the large search.
         peaks: of the device (default: measured).
     """
+    from retrieval.gallery.on_gpu import flat_on
     from retrieval.gallery.segments import Entries, Rows
     from retrieval.gallery.sources import IndexedSource
 
     peaks = peaks or measure_peaks(device="cuda")
     rows, kept = _drawn(size, device)
     numbers = np.arange(size)
-    tracked = (index_of or _float16_index)(Rows([rows], _DIM), numbers)
+    tracked = flat_on([device], Rows([rows], _DIM), numbers, use_float16=True)
     names = numbers.astype("U8")
     source = IndexedSource(Rows([rows], _DIM), Entries(names, names, np.ones(size, np.float32), numbers), tracked, size)
+    bare = _bare_index() if bare is None else bare
+    for start in range(0, size if bare is not None else 0, _FAISS_ROWS):
+        bare.add(rows[start : start + _FAISS_ROWS])
     probes, _ = _drawn(many, device, seed=1)
     for count in (1, many):
         limit = peaks.limit_s(2.0 * _DIM * size * count, 2.0 * _DIM * size, "fp16")
-        ways = {
-            name: _waited_for(work, device, count)
-            for name, work in _ways(source, tracked, kept, probes[:count], top).items()
-        }
+        works = _works(source, tracked, bare, kept, probes[:count], top)
+        ways = {name: _waited_for(work, device, count) for name, work in works.items()}
         for found in interleave(ways, rounds=_ROUNDS):
-            goal = 1.3 if count == 1 and found.name == "bare Faiss, float16" else None
+            goal = 1.3 if count == 1 and found.name == "index alone, float16" else None
             report.add(f"{size:,} x {count:,}: {found.name}", 1e3 * found.wall_s, "ms", limit=1e3 * limit)
             report.add(f"{size:,} x {count:,}: {found.name} / limit", found.wall_s / limit, "x", at_most=goal)
     report.add("same best entry as a float32 product, 64 probes", _agreement(source, rows, probes[:64], top), "")
@@ -83,16 +86,24 @@ def _waited_for(work: Callable[[], object], device: "torch.device", count: int) 
     return timed
 
 
-def _ways(
-    source: "IndexedSource", tracked: "TrackedIndex", kept: "torch.Tensor", probes: NDArray[np.float32], top: int
-) -> Mapping[str, Callable[[], object]]:
+def _works(
+    source: "IndexedSource",
+    tracked: "TrackedIndex",
+    bare: Any,
+    kept: "torch.Tensor",
+    probes: NDArray[np.float32],
+    top: int,
+) -> dict[str, Callable[[], object]]:
     from retrieval.gallery.search import Request, search_source
 
-    return {
-        "bare Faiss, float16": lambda: tracked.index.search(probes, top),
-        "flat, fp16, compared again in float32": lambda: search_source(source, probes, Request(top)),
+    works: dict[str, Callable[[], object]] = {
+        "index alone, float16": lambda: tracked.search(probes, top),
+        "gallery, fp16: compared again in float32": lambda: search_source(source, probes, Request(top)),
         "product and topk in PyTorch": lambda: _by_pytorch(kept, probes, top),
     }
+    if bare is not None:
+        works["bare Faiss, float16"] = lambda: bare.search(probes, top)
+    return works
 
 
 def _by_pytorch(kept: "torch.Tensor", probes: NDArray[np.float32], top: int) -> NDArray[np.int64]:
@@ -124,10 +135,15 @@ def _drawn(size: int, device: "torch.device", seed: int = 0) -> "tuple[NDArray[n
     return rows, kept
 
 
-def _float16_index(rows: "Rows", numbers: NDArray[np.int64]) -> "TrackedIndex":
-    from retrieval.gallery.on_gpu import on_devices, parse_device
+def _bare_index() -> Any:
+    """Float16 on the first GPU; None where Faiss has no support for GPUs."""
+    import faiss
 
-    return on_devices("fp16", None, rows, numbers, parse_device("cuda:0"))
+    if not hasattr(faiss, "StandardGpuResources"):
+        return None
+    config = faiss.GpuIndexFlatConfig()
+    config.useFloat16 = True
+    return faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), _DIM, config)
 
 
 def _agreement(source: "IndexedSource", rows: NDArray[np.float32], probes: NDArray[np.float32], top: int) -> float:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from aroface.contract import InputContract
 from aroface.errors import DataError
+from retrieval.devices import gpu_numbers
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery.enrolment import (
     Part,
@@ -28,7 +29,7 @@ from retrieval.gallery.enrolment import (
 )
 from retrieval.gallery.index import build_index, factory_of, open_index
 from retrieval.gallery.interface import FaceGallery
-from retrieval.gallery.on_gpu import DeviceCopy, parse_device
+from retrieval.gallery.on_gpu import DeviceCopy
 from retrieval.gallery.recall import IndexWish
 from retrieval.gallery.records import Calibration, GalleryInfo, IndexKind, Level
 from retrieval.gallery.search import Source
@@ -90,7 +91,7 @@ class Gallery(FaceGallery):
             DataError: no gallery there, or a damaged one.
             ConfigError: no such device, or a kind that is searched on the CPU only.
         """
-        devices = parse_device(device)
+        devices = gpu_numbers(device)
         state = cls._ready(directory, (), verify=verify)
         state._copy = DeviceCopy(devices) if devices else None
         return state

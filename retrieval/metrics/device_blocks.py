@@ -1,9 +1,8 @@
 """Scores of probes against a gallery on one GPU or several, the same as on the CPU.
 
 The gallery is dealt out to the devices in stretches of columns, in float64; every block of probes goes to all of them,
-and counts come back, with the few pairs that are too near to a level to be counted. Lists of nearest entries, as Faiss
-gives them, would not do here: the rank of a mate may be the last one, ties may be as many as there are entries, and it
-lists at most 2,048. And float64 rather than float32: next to nothing is so near to a level that it is computed again
+and counts come back, with the few pairs that are too near to a level to be counted. Lists of nearest entries
+would not do here: the rank of a mate may be the last one, and ties may be as many as there are entries. And float64 rather than float32: next to nothing is so near to a level that it is computed again
 (`score_blocks.py`), where float32 would leave one pair of a thousand. A100, H100 and H200 multiply float64, in tensor
 cores, as fast as they do float32.
 
@@ -42,14 +41,7 @@ def search_devices(device: str) -> "list[torch.device]":
     Raises:
         ConfigError: not such a name, or a GPU that PyTorch does not see.
     """
-
-    def available() -> int:
-        import torch
-
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-    remedy = "Install a build of PyTorch with CUDA"
-    numbers = gpu_numbers(device, available, library="PyTorch", remedy=remedy)
+    numbers = gpu_numbers(device)
     if not numbers:
         return []
     import torch

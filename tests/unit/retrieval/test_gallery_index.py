@@ -3,21 +3,23 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
+import torch
 
 from aroface.errors import ConfigError, DataError
-from retrieval.gallery import INDEX_KINDS, Gallery, IndexWish, on_gpu
+from retrieval.devices import gpu_numbers
+from retrieval.gallery import INDEX_KINDS, Gallery, IndexWish, flat_on_gpu, on_gpu
 from retrieval.gallery.index import factory_of, num_clusters
-from retrieval.gallery.on_gpu import on_devices, parse_device, sharded_flat
+from retrieval.gallery.on_gpu import flat_on, on_devices
 from retrieval.gallery.search import Request, search_source
 from retrieval.gallery.sources import IndexedSource, TrackedIndex
 from retrieval.gallery.vectors import as_unit
-from tests.helpers.faiss_devices import stand_in_devices
+from tests.helpers.search_devices import stand_in_devices
 
 Array = np.ndarray[Any, Any]
 DIM, PEOPLE = 32, 400
@@ -195,36 +197,23 @@ def test_sizes_of_clusters_and_codes() -> None:
     assert factory_of("hnsw-sq8", 10, 64) == "HNSW32_SQ8"
 
 
-class TestShards:
-    """Sharded exact search, with indexes of the CPU in the place of those of the GPUs."""
+class TestDevices:
+    """The CPU in the place of the GPUs."""
 
-    def _source(self, gallery: Gallery, factory: str, devices: int, use_float16: bool) -> IndexedSource:
-        import faiss
-
-        def make() -> Any:
-            return faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
-
-        tracked = sharded_flat(
-            gallery._rows,
-            gallery.entries.numbers,
-            [make] * devices,
-            use_float16=use_float16,
-            max_list=512,
-            stretch_bytes=4 * DIM * 250,
-        )
-        shards = [tracked.index.at(place) for place in range(tracked.index.count())]
-        assert len(shards) == devices
-        stretches = {1: [5], 3: [2, 2, 2], 8: [1] * 8}[devices]  # 1,200 rows in stretches of 250 at most
-        assert [faiss.downcast_index(shard).count() for shard in shards] == stretches
+    def _source(self, gallery: Gallery, devices: int, use_float16: bool) -> IndexedSource:
+        cpu = torch.device("cpu")
+        tracked = flat_on([cpu] * devices, gallery._rows, gallery.entries.numbers, use_float16=use_float16)
         return IndexedSource(gallery._rows, gallery.entries, tracked, gallery.manifest.next_number)
 
-    @pytest.mark.parametrize(("factory", "use_float16"), [("Flat", False), ("SQfp16", True)])
+    @pytest.mark.parametrize("use_float16", [False, True])
     @pytest.mark.parametrize("devices", [1, 3, 8])
     def test_shards_equal_the_exact_search(
-        self, built: dict[str, Path], factory: str, use_float16: bool, devices: int
+        self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, use_float16: bool, devices: int
     ) -> None:
+        monkeypatch.setattr(flat_on_gpu, "_BLOCK_SCORES", 55 * 200)  # several blocks on a device
+        monkeypatch.setattr(flat_on_gpu, "_GROUP", 4)
         gallery = Gallery.open(built["flat"])
-        source = self._source(gallery, factory, devices, use_float16)
+        source = self._source(gallery, devices, use_float16)
         probes = np.concatenate([PROBES, ENROLLED[:5]])
         for request in (Request(7), Request(5, by_subject=True), Request(None, threshold=0.4)):
             level = "subject" if request.by_subject else "entry"
@@ -235,48 +224,45 @@ class TestShards:
             )
             assert search_source(source, as_unit(probes), request) == expected
 
-    def test_no_two_threads_search_one_device(self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Faiss ends the process when two use the memory of one device at once."""
+    def test_an_exact_search_lists_as_many_as_there_are(self, built: dict[str, Path]) -> None:
+        gallery = Gallery.open(built["flat"])
+        probes = as_unit(PROBES[:3])
+        found = search_source(self._source(gallery, 3, use_float16=True), probes, Request(None, threshold=-2.0))
+        assert found == gallery.search_range(PROBES[:3], threshold=-2.0)
+        assert {len(near) for near in found} == {len(ENROLLED)}
+
+    def test_products_in_tf32_are_off_as_those_of_float16(self, built: dict[str, Path]) -> None:
+        gallery = Gallery.open(built["flat"])
+        exact, half = (self._source(gallery, 1, use_float16).tolerance for use_float16 in (False, True))
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            rounded = self._source(gallery, 1, use_float16=False).tolerance
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert rounded == half
+        assert exact is not None
+        assert half is not None
+        assert exact < half
+
+    def test_the_longest_list_of_clusters_is_that_of_faiss(
+        self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stand_in_devices(monkeypatch, 1)
+        monkeypatch.setattr(on_gpu, "MAX_LIST", 512)
+        gallery = Gallery.open(built["ivf"], device="cuda")
+        for find in (lambda: gallery.search_range(PROBES[:3], threshold=-2.0), lambda: gallery.search(PROBES, top=513)):
+            with pytest.raises(DataError, match="lists at most 512 entries"):
+                find()
+
+    def test_clusters_need_a_faiss_for_gpus(self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
         import faiss
 
-        made: dict[int, tuple[bool, list[Any]]] = {}
-        shards = faiss.IndexShards
-
-        class Watched(shards):  # type: ignore[misc, valid-type]
-            def __init__(self, dimension: int, threaded: bool, successive: bool) -> None:
-                super().__init__(dimension, threaded, successive)
-                made[id(self)] = threaded, []
-
-            def add_shard(self, index: Any) -> None:
-                made[id(self)][1].append(index)
-                super().add_shard(index)
-
-        monkeypatch.setattr(faiss, "IndexShards", Watched)
-        devices: dict[int, int] = {}
-
-        def maker(device: int) -> Callable[[], Any]:
-            def make() -> Any:
-                index = faiss.IndexFlatIP(DIM)
-                devices[id(index)] = device
-                return index
-
-            return make
-
-        gallery = Gallery.open(built["flat"])
-        numbers = gallery.entries.numbers
-        makers = [maker(device) for device in range(3)]
-        tracked = sharded_flat(
-            gallery._rows, numbers, makers, use_float16=False, max_list=512, stretch_bytes=4 * DIM * 100
-        )
-
-        def devices_of(index: Any) -> set[int]:
-            return set().union(*map(devices_of, made[id(index)][1])) if id(index) in made else {devices[id(index)]}
-
-        for threaded, parts in made.values():
-            found = [devices_of(part) for part in parts]
-            assert not threaded or sum(map(len, found)) == len(set().union(*found))
-        assert devices_of(tracked.index) == {0, 1, 2}
-        assert len(devices) == 12
+        stand_in_devices(monkeypatch, 1)
+        monkeypatch.delattr(faiss, "StandardGpuResources")
+        assert Gallery.open(built["fp16"], device="cuda").search(PROBES[0], top=1)
+        with pytest.raises(ConfigError, match=r"kind ivf is searched on a GPU by Faiss.*Install faiss-gpu"):
+            Gallery.open(built["ivf"], device="cuda").make_ready()
 
     def test_searches_of_a_device_wait_for_each_other(self) -> None:
         busy, overlaps = threading.Lock(), []
@@ -295,14 +281,6 @@ class TestShards:
         for thread in threads:
             thread.join()
         assert overlaps == [False] * 8
-
-    def test_what_the_longest_list_cuts_off_is_not_passed_off_as_whole(self, built: dict[str, Path]) -> None:
-        source = self._source(Gallery.open(built["flat"]), "Flat", 3, use_float16=False)
-        probes = as_unit(PROBES[:3])
-        for request in (Request(None, threshold=-2.0), Request(513), Request(399, by_subject=True)):
-            with pytest.raises(DataError, match="lists at most 512 entries"):
-                search_source(source, probes, request)
-        assert [len(near) for near in search_source(source, probes, Request(512))] == [512] * 3
 
     @pytest.mark.parametrize("kind", ["flat", "fp16", "ivf", "ivf-fp16", "ivf-sq8"])
     def test_a_gallery_on_devices_finds_what_it_finds_on_the_cpu(
@@ -362,22 +340,27 @@ class TestShards:
         Gallery.build(tmp_path / "g", PROBES, np.arange(len(PROBES)), index="flat", replace=True)
         assert fills(gallery.latest())
 
+    @pytest.mark.parametrize(
+        ("kind", "owner", "name", "error"),
+        [
+            ("flat", flat_on_gpu, "_uploaded", torch.OutOfMemoryError("CUDA out of memory.\nmore")),
+            ("ivf", faiss, "index_cpu_to_gpu_multiple_py", RuntimeError("a stack trace\ncudaMalloc out of memory.")),
+        ],
+    )
     def test_a_gallery_that_does_not_fit_on_the_devices_says_so(
-        self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+        self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, owner: Any, name: str, error: Any
     ) -> None:
-        import faiss
-
-        def full(*args: Any) -> Any:
-            raise RuntimeError("Error in allocMemory\nat some/file.cpp:500: cudaMalloc error out of memory [2]")
+        def full(*args: Any, **options: Any) -> Any:
+            raise error
 
         stand_in_devices(monkeypatch, 1)
-        monkeypatch.setattr(faiss, "GpuIndexFlatIP", full)
-        gallery = Gallery.open(built["flat"], device="cuda")
-        with pytest.raises(ConfigError, match=r"out of memory \[2\]\)\. Change it to fp16"):
+        monkeypatch.setattr(owner, name, full)
+        gallery = Gallery.open(built[kind], device="cuda")
+        with pytest.raises(ConfigError, match=r"out of memory\.\)\. Change it to fp16"):
             gallery.make_ready()
 
     def test_devices_are_named_and_checked(self, built: dict[str, Path]) -> None:
-        assert parse_device("cpu") == []
+        assert gpu_numbers("cpu") == []
         for name, message in (("gpu", "is unknown"), ("cuda:x", "is unknown"), ("cuda:99", "choose cpu")):
             with pytest.raises(ConfigError, match=message):
                 Gallery.open(built["flat"], device=name)

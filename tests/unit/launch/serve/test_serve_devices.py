@@ -16,7 +16,7 @@ from launch.serve.service import FaceService
 from launch.serve.stats import ServiceStats
 from retrieval.baselines import PixelEmbedder
 from retrieval.gallery import Gallery, on_gpu
-from tests.helpers.faiss_devices import stand_in_devices
+from tests.helpers.search_devices import stand_in_devices
 from tests.helpers.services import HEADERS, KEY, face, image
 
 

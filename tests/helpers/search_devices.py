@@ -1,20 +1,23 @@
-"""Indexes of the CPU in the place of those that Faiss has for GPUs."""
+"""The CPU in the place of GPUs: its memory for exact searches, its indexes for those that Faiss has for GPUs."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from retrieval.gallery import on_gpu
 
 
 def stand_in_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> set[int]:
-    """Indexes of the CPU under the names that Faiss has for GPUs; returns the numbers of those that are used."""
+    """So many devices that are the CPU; returns the numbers of those that are used."""
     import faiss
 
     used: set[int] = set()
 
-    def flat(resources: Any, dimension: int, config: SimpleNamespace) -> Any:
-        used.add(config.device)
-        return faiss.index_factory(dimension, "SQfp16" if config.useFloat16 else "Flat", faiss.METRIC_INNER_PRODUCT)
+    def device(number: int) -> torch.device:
+        used.add(number)
+        return torch.device("cpu")
 
     def moved(resources: list[Any], index: Any, options: SimpleNamespace, devices: list[int]) -> Any:
         assert len(resources) == len(devices)
@@ -22,11 +25,11 @@ def stand_in_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> set[int]:
         used.update(devices)
         return faiss.clone_index(index)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(on_gpu, "_device", device)
     for name, value in {
-        "get_num_gpus": lambda: count,
         "StandardGpuResources": object,
-        "GpuIndexFlatConfig": SimpleNamespace,
-        "GpuIndexFlatIP": flat,
         "GpuMultipleClonerOptions": SimpleNamespace,
         "index_cpu_to_gpu_multiple_py": moved,
     }.items():
