@@ -168,8 +168,8 @@ class ShardedHead(nn.Module):
         if self.config.sample_rate >= 1:
             return self.weight, local
         count = len(self.weight)
-        generator = derive_generator(self.seed, "negatives", step=step, rank=self.rank)
-        priority = torch.rand(count, generator=generator).to(local.device)
+        generator = derive_generator(self.seed, "negatives", step=step, rank=self.rank, device=local.device)
+        priority = torch.rand(count, generator=generator, device=local.device)
         # One place more, which -1 falls on: the class of another rank.
         priority = torch.cat([priority, priority.new_zeros(1)]).index_fill_(0, local, 2.0)[:-1]
         wanted = max(round(self.config.sample_rate * count), 1)

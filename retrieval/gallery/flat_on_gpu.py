@@ -108,11 +108,11 @@ def _highest(scores: "Tensor", count: int) -> "tuple[Tensor, Tensor]":
     groups = columns // _GROUP
     if groups <= 2 * count:
         return scores.topk(min(count, columns), dim=1, sorted=False)
-    grouped, rest = scores[:, : groups * _GROUP].view(probes, groups, _GROUP), scores[:, groups * _GROUP :]
-    chosen = grouped.amax(2).topk(count, dim=1, sorted=False).indices
-    of_groups = chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)
+    # Column c is in group c % groups: the maxima of neighbouring groups are taken side by side.
+    grouped = scores[:, : groups * _GROUP].view(probes, _GROUP, groups)
+    chosen = grouped.amax(1).topk(count, dim=1, sorted=False).indices
+    of_groups = chosen[:, None, :] + groups * torch.arange(_GROUP, device=scores.device)[:, None]
     of_rest = torch.arange(groups * _GROUP, columns, device=scores.device).expand(probes, -1)
     candidates = torch.cat([of_groups.flatten(1), of_rest], dim=1)
-    values = torch.cat([grouped.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1), rest], dim=1)
-    best = values.topk(count, dim=1, sorted=False)
+    best = scores.gather(1, candidates).topk(count, dim=1, sorted=False)
     return best.values, candidates.gather(1, best.indices)
