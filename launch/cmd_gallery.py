@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from launch.console import new_table, show
 from launch.evaluate_options import positive, rate, rates
 from launch.gallery_options import add_device, add_gallery, milvus_token, open_gallery
 
@@ -376,13 +377,9 @@ def _summary(gallery: "FaceGallery") -> str:
 def _print_candidates(
     args: argparse.Namespace, gallery: "FaceGallery", names: list[str], found: "list[list[Candidate]]"
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     is_calibrated = bool(gallery.calibration_at(args.level)) and not args.templates
-    table = Table(title=f"{len(names)} searches", title_justify="left", caption_justify="left")
-    for heading in ("probe", "rank", "subject", "entry", "score", *(["FPIR"] if is_calibrated else [])):
-        table.add_column(heading, justify="right" if heading in {"rank", "score"} else "left")
+    columns = ("probe", "rank", "subject", "entry", "score", *(["FPIR"] if is_calibrated else []))
+    table = new_table(*columns, title=f"{len(names)} searches", numbers=("rank", "score"))
     for name, candidates in zip(names[:_SHOWN_PROBES], found[:_SHOWN_PROBES], strict=True):
         for c in candidates:
             line = [name if c.rank == 1 else "", str(c.rank), c.subject_id, c.entry_id, f"{c.score:.4f}"]
@@ -395,4 +392,4 @@ def _print_candidates(
         table.add_section()
     if len(names) > _SHOWN_PROBES:
         table.caption = f"{len(names) - _SHOWN_PROBES} more; --out writes all"
-    Console().print(table)
+    show(table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ConfigError, DataError
+from launch.console import new_table, show
 from launch.evaluate_options import positive, rates
 
 if TYPE_CHECKING:
@@ -96,15 +97,11 @@ def _searches(args: argparse.Namespace, first: dict[str, Any], second: dict[str,
 
 
 def _print(protocol: str, found: "dict[str, Comparison]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"A - B on {protocol}", title_justify="left")
-    for heading in ("metric", "A", "B", "A - B", "95 % interval", "McNemar p"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    numbers = ("A", "B", "A - B", "95 % interval", "McNemar p")
+    table = new_table("metric", *numbers, title=f"A - B on {protocol}", numbers=numbers)
     for name, c in found.items():
         interval = f"{100 * c.interval.low:+.2f} to {100 * c.interval.high:+.2f}" if c.interval else ""
         p_value = "" if c.p_value is None else f"{c.p_value:.2g}"
         values = f"{100 * c.first:.2f} %", f"{100 * c.second:.2f} %", f"{100 * c.difference:+.2f}"
         table.add_row(name, *values, interval, p_value)
-    Console().print(table)
+    show(table)

@@ -4,10 +4,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from aroface.errors import ConfigError
+from launch.console import new_table, show
 from retrieval.metrics.rules import RULES
 
 __all__ = [
@@ -110,10 +108,8 @@ def print_record(record: Mapping[str, Any], *, title: str) -> None:
     """The metrics of one record as a table on stdout."""
     from retrieval.results import support_mark
 
-    say = Console().print
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for heading in ("metric", "value", "95 % interval", "K", "realised", "threshold"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    numbers = ("value", "95 % interval", "K", "realised", "threshold")
+    table = new_table("metric", *numbers, title=title, numbers=numbers)
     for name, entry in record["metrics"].items():
         if entry["value"] is None:
             table.add_row(name, "-", entry["reason"], "", "", "")
@@ -130,9 +126,7 @@ def print_record(record: Mapping[str, Any], *, title: str) -> None:
     table.caption = (
         ", ".join(f"{name} {value}" for name, value in record["counts"].items()) + f"; rule {record['rule']}"
     )
-    say(table)
-    for warning in record["warnings"]:
-        say(f"* {warning}")
+    show(table, *(f"* {warning}" for warning in record["warnings"]))
 
 
 def _number(value: Any, form: str) -> str:

@@ -26,7 +26,7 @@ class Progress:
         self._name = name
         self._total = total
         self._unit = unit
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
         self._first: int | None = None
@@ -35,7 +35,7 @@ class Progress:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(self._unit),

@@ -148,3 +148,18 @@ def test_the_recall_of_a_gallery_on_milvus(milvus: MilvusPlace, tmp_path: Path, 
     shown = capsys.readouterr().out
     assert "of 50 probes (given)" in shown
     assert "HNSW, M 32, efConstruction 100, ef 16, 1 rescored per place" in shown
+
+
+def test_search_shows_ids_with_brackets_and_long_ones_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = ["[old]g1", "[/x]", "k" * 200]
+    faces = EmbeddingSet(np.eye(3, 8, dtype=np.float32), np.array(["[red]a", "[/b]", "s" * 150]), keys=np.array(keys))
+    write_embeddings(tmp_path / "e.npz", faces)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", str(tmp_path / "e.npz")]) == 0
+    capsys.readouterr()
+    assert main(["gallery", "search", str(tmp_path / "g"), "--probes", str(tmp_path / "e.npz"), "--top", "1"]) == 0
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    for place, whole in ((1, keys), (3, faces.subject_ids.tolist()), (4, keys)):
+        assert "".join(row[place] for row in rows) == "".join(whole)
