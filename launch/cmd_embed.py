@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from aroface.errors import ArofaceError, ConfigError
 from launch.evaluate_options import positive
 from launch.model_options import add_runtime_options
+from launch.outputs import output_file, output_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", type=Path, metavar="IMAGES", help="folder or archive of identity/image, list, shards, flat folder"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="FILE.npz, or a folder for parts")
+    parser.add_argument("--out", type=_output, required=True, metavar="OUT", help="FILE.npz, or a folder for parts")
     parser.add_argument(
         "--take",
         choices=("all", "first", "rest"),
@@ -84,6 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="on this machine, each on a GPU of its own where there are several",
     )
+
+
+def _output(text: str) -> Path:
+    return output_file(text) if Path(text).suffix == ".npz" else output_folder(text)
 
 
 def run(args: argparse.Namespace) -> int:

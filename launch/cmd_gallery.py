@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from launch.console import new_table, show
 from launch.evaluate_options import positive, rate, rates
 from launch.gallery_options import add_device, add_gallery, milvus_token, open_gallery
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from aroface.contract import InputContract
@@ -97,7 +98,7 @@ def _add_search(search: argparse.ArgumentParser) -> None:
         """'subject_id like "dept-7/%%"' (with --milvus only)""",
     )
     add_device(search)
-    search.add_argument("--out", type=Path, metavar="R.json", help="all candidate lists as JSON")
+    search.add_argument("--out", type=output_file, metavar="R.json", help="all candidate lists as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

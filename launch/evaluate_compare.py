@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aroface.errors import ConfigError, DataError
 from launch.console import new_table, show
 from launch.evaluate_options import positive, rates
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from retrieval.metrics.comparison import Comparison
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("second", type=Path, metavar="B.npz", help="details of system B")
     parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"FARs of pairs (default: {_FARS})")
     parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help="resamples of the bootstrap")
-    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+    parser.add_argument("--out", type=output_file, required=True, metavar="R.json", help="result file")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.console import new_table, show
 from launch.evaluate_options import counts, positive
+from launch.outputs import output_file
 from launch.training_overlap import add_trained_on, overlap_warnings
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
-    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+    parser.add_argument("--out", type=output_file, required=True, metavar="R.json", help="result file")
 
 
 def run(args: argparse.Namespace) -> int:
