@@ -171,6 +171,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     gallery = open_gallery(args)
     probes = read_embeddings(args.probes)
     gallery.check_model(**_model(probes))
+    if failed := int((~probes.enrolled).sum()):
+        logger.warning("%s: %d rows failed to enrol; they count, as no alarm or as a miss.", args.probes, failed)
     _print_calibration(gallery.calibrate(probes, args.fpir.values, level=args.level))
 
 
@@ -342,15 +344,13 @@ def _read_enrolled(path: Path) -> "EmbeddingSet":
 
 def _usable(parts: "Iterable[EmbeddingSet]", path: Path) -> "Iterator[EmbeddingSet]":
     """The rows of each part that have an embedding; the others are counted on stderr."""
-    import logging
-
     from aroface.errors import DataError
 
     is_empty = True
     for part in parts:
         failed = int((~part.enrolled).sum())
         if failed:
-            logging.getLogger(__name__).warning("%s: %d rows failed to enrol and are left out.", part.name, failed)
+            logger.warning("%s: %d rows failed to enrol and are left out.", part.name, failed)
         if failed < len(part):
             is_empty = False
             yield part.take(part.enrolled) if failed else part

@@ -163,3 +163,16 @@ def test_search_shows_ids_with_brackets_and_long_ones_whole(
     rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
     for place, whole in ((1, keys), (3, faces.subject_ids.tolist()), (4, keys)):
         assert "".join(row[place] for row in rows) == "".join(whole)
+
+
+def test_calibrate_counts_failed_rows_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    enrolled = _write(tmp_path / "e.npz", slice(0, 20), seed=1)
+    strangers = _write(tmp_path / "s.npz", slice(100, 200), seed=2, fte=np.arange(100) < 30)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", enrolled]) == 0
+    assert main(["gallery", "calibrate", str(tmp_path / "g"), "--probes", strangers, "--fpir", "0.1"]) == 0
+    assert "(100 strangers, entry); not supported: 10 false alarms allowed, 30 needed" in capsys.readouterr().out
+    assert "30 rows failed to enrol; they count" in caplog.text
+    assert main(["gallery", "calibrate", str(tmp_path / "g"), "--probes", strangers, "--fpir", "0.8"]) == 2
+    assert "Ask for a lower rate" in capsys.readouterr().err
