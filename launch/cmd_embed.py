@@ -1,13 +1,13 @@
 """Turn the faces of a folder, archive, list or shard directory into embeddings.
 
 MODEL is a run directory, one of its checkpoints (both on PyTorch), an .onnx file (on ONNX Runtime, or on OpenVINO with
---runtime openvino), or a TensorRT .engine. Embeddings are
-written un-normalised, one row per image, with identity and key. An image that cannot be read gets a zero row marked
-`fte` (failure to enrol) and is named in a warning.
+--runtime openvino), or a TensorRT .engine. Embeddings are written un-normalised, one row per image, with identity and
+key. An image that cannot be read gets a zero row marked `fte` (failure to enrol) and is named in a warning.
 
 --out FILE.npz is one file. --out DIR is for large sets: a part per shard or 4096 images, and an index when all are
-there. The same command goes on where it stopped; given on other machines that share the folder, or with --processes,
-it takes the parts that nobody works on. Every command that reads an embedding file reads such a folder too.
+there. The same command goes on where it stopped, and is refused where images were replaced since; given on other
+machines that share the folder, or with --processes, it takes the parts that nobody works on. Every command that reads
+an embedding file reads such a folder too.
 """
 
 import argparse
@@ -29,9 +29,10 @@ from launch.outputs import output_file, output_folder
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aroface.types import Embedder, FaceSet
+    from aroface.types import Embedder
     from retrieval.extraction import Extraction
     from retrieval.parted_extraction import PartedExtraction
+    from shards.faces import StoredFaces
 
 _IMAGES_PER_PART = 4096
 _WATCH_S = 0.5
@@ -112,7 +113,7 @@ class _Job:
         from retrieval.extraction import select_images
         from shards.faces import align_faces, aligned_when_packed, open_face_set
 
-        faces: FaceSet = open_face_set(args.images, align=args.align, as_stored=args.out.suffix != ".npz")
+        faces: StoredFaces = open_face_set(args.images, align=args.align, as_stored=args.out.suffix != ".npz")
         self.faces = faces if args.landmarks is None else align_faces(faces, args.landmarks)
         self.unaligned = faces
         self.embedder: Embedder = open_embedder(
@@ -188,6 +189,7 @@ def _embed_in_parts(args: argparse.Namespace) -> int:
             "precision": args.precision,
             **{key: value for key, value in job.metadata.items() if key != "images"},
         },
+        source=job.faces.digest(),
         keys=[job.faces.keys[index] for index in job.indices],
         bounds=bounds,
     )
