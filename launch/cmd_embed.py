@@ -202,7 +202,7 @@ def _work(args: argparse.Namespace, job: _Job, parts: "PartedExtraction") -> int
     total = len(job.indices)
     started, before = time.perf_counter(), parts.rows_done
     own = 0
-    with Progress("Embed", total=total, unit="images") as progress:
+    with Progress("Embed", total=total, unit="images", done_before=before) as progress:
         is_shown = _WORKER not in os.environ
 
         def show(done: int) -> None:
@@ -278,7 +278,9 @@ def _watch(workers: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> None:
                 if any(worker.returncode == _USER_ERROR for worker in workers):
                     break  # its message stands on stderr, and the others would only repeat it
                 if (state := extraction_progress(folder)) is not None:
-                    progress = progress or stack.enter_context(Progress("Embed", total=state[1], unit="images"))
+                    progress = progress or stack.enter_context(
+                        Progress("Embed", total=state[1], unit="images", done_before=state[0])
+                    )
                     progress.update(state[0])
                 time.sleep(_WATCH_S)
             if progress is not None and (state := extraction_progress(folder)) is not None:

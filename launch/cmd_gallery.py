@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from launch.console import new_table, show
-from launch.evaluate_options import positive, rate, rates
+from launch.evaluate_options import finite, positive, rate, rates
 from launch.gallery_options import add_device, add_gallery, milvus_token, open_gallery
 from launch.outputs import output_file
 
@@ -84,8 +84,8 @@ def _add_search(search: argparse.ArgumentParser) -> None:
         help="list entries, subjects by their best entry, or subjects by their pooled template",
     )
     limit = search.add_mutually_exclusive_group()
-    limit.add_argument("--threshold", type=float, metavar="T", help="only candidates that score higher")
-    limit.add_argument("--fpir", type=float, metavar="F", help="the calibrated threshold of this rate")
+    limit.add_argument("--threshold", type=finite, metavar="T", help="only candidates that score higher")
+    limit.add_argument("--fpir", type=rate, metavar="F", help="the calibrated threshold of this rate")
     search.add_argument(
         "--templates",
         choices=("best", "pooled"),

@@ -1,6 +1,7 @@
 """Options and output that the evaluation commands share."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ __all__ = [
     "RateList",
     "add_rule",
     "counts",
+    "finite",
     "one_rate",
     "positive",
     "print_record",
@@ -55,6 +57,17 @@ def one_rate(text: str) -> RateList:
 def rate(text: str) -> float:
     """Parse one number in (0, 1]."""
     return one_rate(text).values[0]
+
+
+def finite(text: str) -> float:
+    """Parse a number that is neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, such as 0.35")
+    return value
 
 
 def positive(text: str) -> int:

@@ -165,6 +165,17 @@ def test_search_shows_ids_with_brackets_and_long_ones_whole(
         assert "".join(row[place] for row in rows) == "".join(whole)
 
 
+@pytest.mark.parametrize(
+    "limit", ["--threshold=nan", "--threshold=inf", "--threshold=-inf", "--threshold=x", "--fpir=nan"]
+)
+def test_limits_that_are_no_numbers_are_refused(tmp_path: Path, capsys: Any, limit: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gallery", "search", str(tmp_path / "g"), "--probes", "p.npz", limit])
+    assert ended.value.code == 2
+    option, _, value = limit.partition("=")
+    assert f"argument {option}: {value!r} is not a" in capsys.readouterr().err
+
+
 def test_calibrate_counts_failed_rows_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
