@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aroface.errors import ConfigError
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from launch.attack_demo import AttackDemo
@@ -20,7 +21,7 @@ _WAYS = "random,adversarial"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory or checkpoint")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture")
+    parser.add_argument("--out", type=output_file, metavar="FILE.png", help="the picture")
     parser.add_argument(
         "--ways", default=_WAYS, metavar="A,B|all", help="rows of the picture; an unknown name lists them"
     )
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample", type=int, default=256, metavar="N", help="images that the mean losses are taken over"
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the images and the start")
-    parser.add_argument("--strength", type=Path, metavar="FILE.json", help="measure every way and write the figures")
+    parser.add_argument(
+        "--strength", type=output_file, metavar="FILE.json", help="measure every way and write the figures"
+    )
     parser.add_argument("--batches", type=int, default=4, metavar="N", help="batches that --strength measures")
     parser.add_argument("--batch", type=int, default=128, metavar="B", help="images of each of these batches")
 

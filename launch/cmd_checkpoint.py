@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aroface.errors import CheckpointError, DataError
+from launch.console import new_table, show
 from launch.evaluate_options import positive
 
 _MIB = 2**20
@@ -61,29 +62,25 @@ def _checkpoints(path: Path) -> list[Path]:
 
 
 def _info(path: Path, *, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     rows = [_describe(directory) for directory in _checkpoints(path)]
     if as_json:
         for row in rows:
             print(json.dumps(row))
         return
-    table = Table(title=str(path), title_justify="left")
-    for name in ("checkpoint", "images seen", "ranks", "ZeRO", "classes", "MiB", "state", "written by"):
-        is_number = name in ("images seen", "ranks", "ZeRO", "classes", "MiB")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=name == "checkpoint")
+    numbers = ("images seen", "ranks", "ZeRO", "classes", "MiB")
+    table = new_table("checkpoint", *numbers, "state", "written by", title=str(path), numbers=numbers)
+    table.columns[0].no_wrap = True
     for row in rows:
         size = f"{row['bytes'] / _MIB:,.1f}"
-        numbers = (row.get(key) for key in ("samples_seen", "world_size", "zero_stage", "num_classes"))
+        counts = (row.get(key) for key in ("samples_seen", "world_size", "zero_stage", "num_classes"))
         table.add_row(
             row["checkpoint"],
-            *("-" if n is None else f"{n:,}" for n in numbers),
+            *("-" if n is None else f"{n:,}" for n in counts),
             size,
             row["state"],
             row["version"] or "-",
         )
-    Console().print(table)
+    show(table)
 
 
 def _describe(directory: Path) -> dict[str, Any]:

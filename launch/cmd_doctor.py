@@ -7,7 +7,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-_MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
+_COLOURS = {"ok": "green", "absent": "yellow", "broken": "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,18 +24,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"ready": not blocking, "findings": [asdict(finding) for finding in findings]}, indent=2))
         return 2 if blocking else 0
-    from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "what", "found", "fix"):
-        table.add_column(heading)
+    from launch.console import new_table, show
+
+    table = new_table("", "what", "found", "fix")
+    table.box, table.pad_edge = None, False
     for finding in findings:
-        table.add_row(
-            _MARKS[finding.status], finding.subject, finding.detail, "" if finding.status == "ok" else finding.fix
-        )
-    console = Console()
-    console.print(table)
+        mark = Text(finding.status, _COLOURS[finding.status])
+        table.add_row(mark, finding.subject, finding.detail, "" if finding.status == "ok" else finding.fix)
     names = ", ".join(finding.subject for finding in blocking)
-    console.print(f"\nThe quick start cannot run: {names}." if blocking else "\nThe quick start can run here.")
+    show(table, f"\nThe quick start cannot run: {names}." if blocking else "\nThe quick start can run here.")
     return 2 if blocking else 0

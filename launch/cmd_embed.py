@@ -1,13 +1,13 @@
 """Turn the faces of a folder, archive, list or shard directory into embeddings.
 
 MODEL is a run directory, one of its checkpoints (both on PyTorch), an .onnx file (on ONNX Runtime, or on OpenVINO with
---runtime openvino), or a TensorRT .engine. Embeddings are
-written un-normalised, one row per image, with identity and key. An image that cannot be read gets a zero row marked
-`fte` (failure to enrol) and is named in a warning.
+--runtime openvino), or a TensorRT .engine. Embeddings are written un-normalised, one row per image, with identity and
+key. An image that cannot be read gets a zero row marked `fte` (failure to enrol) and is named in a warning.
 
 --out FILE.npz is one file. --out DIR is for large sets: a part per shard or 4096 images, and an index when all are
-there. The same command goes on where it stopped; given on other machines that share the folder, or with --processes,
-it takes the parts that nobody works on. Every command that reads an embedding file reads such a folder too.
+there. The same command goes on where it stopped, and is refused where images were replaced since; given on other
+machines that share the folder, or with --processes, it takes the parts that nobody works on. Every command that reads
+an embedding file reads such a folder too.
 """
 
 import argparse
@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 from aroface.errors import ArofaceError, ConfigError
 from launch.evaluate_options import positive
 from launch.model_options import add_runtime_options
+from launch.outputs import output_file, output_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aroface.types import Embedder, FaceSet
+    from aroface.types import Embedder
     from retrieval.extraction import Extraction
     from retrieval.parted_extraction import PartedExtraction
+    from shards.faces import StoredFaces
 
 _IMAGES_PER_PART = 4096
 _WATCH_S = 0.5
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", type=Path, metavar="IMAGES", help="folder or archive of identity/image, list, shards, flat folder"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="FILE.npz, or a folder for parts")
+    parser.add_argument("--out", type=_output, required=True, metavar="OUT", help="FILE.npz, or a folder for parts")
     parser.add_argument(
         "--take",
         choices=("all", "first", "rest"),
@@ -86,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _output(text: str) -> Path:
+    return output_file(text) if Path(text).suffix == ".npz" else output_folder(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Embed and save."""
     if args.out.suffix == ".npz":
@@ -107,7 +113,7 @@ class _Job:
         from retrieval.extraction import select_images
         from shards.faces import align_faces, aligned_when_packed, open_face_set
 
-        faces: FaceSet = open_face_set(args.images, align=args.align, as_stored=args.out.suffix != ".npz")
+        faces: StoredFaces = open_face_set(args.images, align=args.align, as_stored=args.out.suffix != ".npz")
         self.faces = faces if args.landmarks is None else align_faces(faces, args.landmarks)
         self.unaligned = faces
         self.embedder: Embedder = open_embedder(
@@ -183,6 +189,7 @@ def _embed_in_parts(args: argparse.Namespace) -> int:
             "precision": args.precision,
             **{key: value for key, value in job.metadata.items() if key != "images"},
         },
+        source=job.faces.digest(),
         keys=[job.faces.keys[index] for index in job.indices],
         bounds=bounds,
     )
@@ -195,7 +202,7 @@ def _work(args: argparse.Namespace, job: _Job, parts: "PartedExtraction") -> int
     total = len(job.indices)
     started, before = time.perf_counter(), parts.rows_done
     own = 0
-    with Progress("Embed", total=total, unit="images") as progress:
+    with Progress("Embed", total=total, unit="images", done_before=before) as progress:
         is_shown = _WORKER not in os.environ
 
         def show(done: int) -> None:
@@ -271,7 +278,9 @@ def _watch(workers: "Sequence[subprocess.Popen[bytes]]", folder: Path) -> None:
                 if any(worker.returncode == _USER_ERROR for worker in workers):
                     break  # its message stands on stderr, and the others would only repeat it
                 if (state := extraction_progress(folder)) is not None:
-                    progress = progress or stack.enter_context(Progress("Embed", total=state[1], unit="images"))
+                    progress = progress or stack.enter_context(
+                        Progress("Embed", total=state[1], unit="images", done_before=state[0])
+                    )
                     progress.update(state[0])
                 time.sleep(_WATCH_S)
             if progress is not None and (state := extraction_progress(folder)) is not None:

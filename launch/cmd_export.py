@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aroface.errors import ConfigError, ExportError
+from aroface.errors import ConfigError
 from aroface.files import sha256_of, write_json
 from launch.evaluate_options import positive
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run directory, one of its step-NNNNNNNN, or (for --to tensorrt) an .onnx file",
     )
     parser.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx", help="target format")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, such as model.onnx")
+    parser.add_argument(
+        "--out", type=output_file, required=True, metavar="FILE", help="the file to write, such as model.onnx"
+    )
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16", "int8"),
@@ -116,11 +119,6 @@ def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export and print what was compared."""
-    if args.out.is_dir():
-        suffix = "onnx" if args.to == "onnx" else "engine"
-        raise ExportError(
-            f"--out {args.out} is a directory; name a file in it, such as {args.out / f'model.{suffix}'}."
-        )
     _check_gate_options(args)
     return _to_onnx(args) if args.to == "onnx" else _to_tensorrt(args)
 

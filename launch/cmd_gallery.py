@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from launch.evaluate_options import positive, rate, rates
+from launch.console import new_table, show
+from launch.evaluate_options import finite, positive, rate, rates
 from launch.gallery_options import add_device, add_gallery, milvus_token, open_gallery
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from aroface.contract import InputContract
@@ -82,8 +84,8 @@ def _add_search(search: argparse.ArgumentParser) -> None:
         help="list entries, subjects by their best entry, or subjects by their pooled template",
     )
     limit = search.add_mutually_exclusive_group()
-    limit.add_argument("--threshold", type=float, metavar="T", help="only candidates that score higher")
-    limit.add_argument("--fpir", type=float, metavar="F", help="the calibrated threshold of this rate")
+    limit.add_argument("--threshold", type=finite, metavar="T", help="only candidates that score higher")
+    limit.add_argument("--fpir", type=rate, metavar="F", help="the calibrated threshold of this rate")
     search.add_argument(
         "--templates",
         choices=("best", "pooled"),
@@ -96,7 +98,7 @@ def _add_search(search: argparse.ArgumentParser) -> None:
         """'subject_id like "dept-7/%%"' (with --milvus only)""",
     )
     add_device(search)
-    search.add_argument("--out", type=Path, metavar="R.json", help="all candidate lists as JSON")
+    search.add_argument("--out", type=output_file, metavar="R.json", help="all candidate lists as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -169,6 +171,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     gallery = open_gallery(args)
     probes = read_embeddings(args.probes)
     gallery.check_model(**_model(probes))
+    if failed := int((~probes.enrolled).sum()):
+        logger.warning("%s: %d rows failed to enrol; they count, as no alarm or as a miss.", args.probes, failed)
     _print_calibration(gallery.calibrate(probes, args.fpir.values, level=args.level))
 
 
@@ -340,15 +344,13 @@ def _read_enrolled(path: Path) -> "EmbeddingSet":
 
 def _usable(parts: "Iterable[EmbeddingSet]", path: Path) -> "Iterator[EmbeddingSet]":
     """The rows of each part that have an embedding; the others are counted on stderr."""
-    import logging
-
     from aroface.errors import DataError
 
     is_empty = True
     for part in parts:
         failed = int((~part.enrolled).sum())
         if failed:
-            logging.getLogger(__name__).warning("%s: %d rows failed to enrol and are left out.", part.name, failed)
+            logger.warning("%s: %d rows failed to enrol and are left out.", part.name, failed)
         if failed < len(part):
             is_empty = False
             yield part.take(part.enrolled) if failed else part
@@ -376,13 +378,9 @@ def _summary(gallery: "FaceGallery") -> str:
 def _print_candidates(
     args: argparse.Namespace, gallery: "FaceGallery", names: list[str], found: "list[list[Candidate]]"
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     is_calibrated = bool(gallery.calibration_at(args.level)) and not args.templates
-    table = Table(title=f"{len(names)} searches", title_justify="left", caption_justify="left")
-    for heading in ("probe", "rank", "subject", "entry", "score", *(["FPIR"] if is_calibrated else [])):
-        table.add_column(heading, justify="right" if heading in {"rank", "score"} else "left")
+    columns = ("probe", "rank", "subject", "entry", "score", *(["FPIR"] if is_calibrated else []))
+    table = new_table(*columns, title=f"{len(names)} searches", numbers=("rank", "score"))
     for name, candidates in zip(names[:_SHOWN_PROBES], found[:_SHOWN_PROBES], strict=True):
         for c in candidates:
             line = [name if c.rank == 1 else "", str(c.rank), c.subject_id, c.entry_id, f"{c.score:.4f}"]
@@ -395,4 +393,4 @@ def _print_candidates(
         table.add_section()
     if len(names) > _SHOWN_PROBES:
         table.caption = f"{len(names) - _SHOWN_PROBES} more; --out writes all"
-    Console().print(table)
+    show(table)

@@ -15,13 +15,14 @@ import argparse
 from pathlib import Path
 
 from aroface.errors import ConfigError
+from launch.outputs import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("source", type=Path, metavar="FILE|RUN", help="weight file of theirs; with --to: run of ours")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="new run directory; with --to: the file"
+        "--out", type=output, required=True, metavar="PATH", help="new run directory; with --to: the file"
     )
     parser.add_argument("--to", choices=("arcface_torch",), help="write this layout instead of reading one")
     parser.add_argument(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aroface.errors import DataError
+from launch.outputs import output_folder
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from shards.sources import FORMATS
 
     parser.add_argument("source", type=Path, nargs="+", metavar="SOURCE", help="one or several, of any format")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new directory for the shards")
+    parser.add_argument("out", type=output_folder, metavar="OUT", help="new directory for the shards")
     parser.epilog = "formats:\n" + "\n".join(f"  {name:<10}  {look}" for name, look in FORMATS.items())
     parser.add_argument("--format", choices=FORMATS, metavar="NAME", help="see below (default: detected)")
     parser.add_argument(
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="byte-for-byte equal images: list them, or keep one of each and none that two people share",
     )
     chosen.add_argument("--holdout", type=int, default=0, metavar="N", help="set N identities aside")
-    chosen.add_argument("--holdout-out", type=Path, metavar="DIR", help="their shards (default: OUT-holdout)")
+    chosen.add_argument("--holdout-out", type=output_folder, metavar="DIR", help="their shards (default: OUT-holdout)")
     changed = parser.add_argument_group("changing images")
     changed.add_argument("--align", action="store_true", help="crop by five landmarks to the template")
     changed.add_argument("--landmarks", type=Path, metavar="FILE", help="CSV or JSON by image, where SOURCE has none")

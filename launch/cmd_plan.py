@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from aroface import __version__
 from aroface.config import TrainConfig, load_config
 from aroface.errors import ConfigError
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from launch.plan.hardware import Efficiency
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", action="store_true", help="0.2 M to 100 M classes on 1 to 512 GPUs, images a GPU kept"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the numbers as JSON")
     assumed = parser.add_argument_group("assumptions")
     assumed.add_argument(
         "--backbone-efficiency", type=float, metavar="X", help="share of the peak that the backbone reaches"

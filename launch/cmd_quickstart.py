@@ -13,6 +13,7 @@ from pathlib import Path
 from aroface.config import TrainConfig, load_config
 from aroface.errors import DataError
 from aroface.files import atomic_path, new_directory
+from launch.outputs import output_folder
 from launch.stages import Stage, StageRecord, run_stages
 from retrieval.protocols.lfw_pairs import pairs_beside
 from shards.faces import open_face_set
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_folder,
         default=Path("runs/quickstart"),
         metavar="DIR",
         help="new folder for everything",

@@ -7,11 +7,13 @@ beneath them, each with the rule that it was made by. The page says what each nu
 import argparse
 from pathlib import Path
 
+from launch.outputs import output_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="results of aroface evaluate")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the report")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="DIR", help="new folder for the report")
     parser.add_argument("--run", type=Path, metavar="RUN", help="training run: curve, configuration, versions")
     parser.add_argument("--stages", type=Path, metavar="RUN.json", help="record of the stages that quickstart writes")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="picture that aroface attack draws")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from launch.evaluate_options import positive
+from launch.outputs import output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairs", type=Path, metavar="FILE", help="LFW-style pairs (default: NAME_pairs.txt beside --test NAME.zip)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of the study")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="OUT", help="folder of the study")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs side by side")
     parser.add_argument("--threads", type=positive, metavar="N", help="of each run (default: its share of idle cores)")
     parser.add_argument("--collect", action="store_true", help="only write the tables of what is finished")

@@ -1,14 +1,15 @@
 """Draw synthetic identities: faces with pose, light, expression and blur, to try things on without photographs."""
 
 import argparse
-from pathlib import Path
+
+from launch.outputs import output_folder
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `aroface synthesize`."""
-    parser.add_argument("out", type=Path, help="new directory; images are written as id_00000/000.jpg")
+    parser.add_argument("out", type=output_folder, help="new directory; images are written as id_00000/000.jpg")
     parser.add_argument("--identities", type=int, default=100, metavar="N", help="people to draw")
     parser.add_argument("--images", type=int, default=10, help="images of each")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other people")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aroface.errors import DataError
+from launch.outputs import output_file, output_folder
 
 if TYPE_CHECKING:
     from shards.verify import Verification
@@ -21,9 +22,13 @@ _SHOWN_PROBLEMS = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `aroface verify`."""
     parser.add_argument("shards", type=Path, help="directory written by `aroface pack`")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found as JSON")
-    parser.add_argument("--repair", type=Path, metavar="DIR", help="write a clean copy into this new directory")
-    parser.add_argument("--summary", type=Path, metavar="DIR", help="write a page about the images into this directory")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write what was found as JSON")
+    parser.add_argument(
+        "--repair", type=output_folder, metavar="DIR", help="write a clean copy into this new directory"
+    )
+    parser.add_argument(
+        "--summary", type=output_folder, metavar="DIR", help="write a page about the images into this directory"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: idle cores)")
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ConfigError, DataError
+from launch.console import new_table, show
 from launch.evaluate_options import positive, rates
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from retrieval.metrics.comparison import Comparison
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("second", type=Path, metavar="B.npz", help="details of system B")
     parser.add_argument("--far", type=rates, metavar="RATE,..", help=f"FARs of pairs (default: {_FARS})")
     parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help="resamples of the bootstrap")
-    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+    parser.add_argument("--out", type=output_file, required=True, metavar="R.json", help="result file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,15 +98,11 @@ def _searches(args: argparse.Namespace, first: dict[str, Any], second: dict[str,
 
 
 def _print(protocol: str, found: "dict[str, Comparison]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"A - B on {protocol}", title_justify="left")
-    for heading in ("metric", "A", "B", "A - B", "95 % interval", "McNemar p"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    numbers = ("A", "B", "A - B", "95 % interval", "McNemar p")
+    table = new_table("metric", *numbers, title=f"A - B on {protocol}", numbers=numbers)
     for name, c in found.items():
         interval = f"{100 * c.interval.low:+.2f} to {100 * c.interval.high:+.2f}" if c.interval else ""
         p_value = "" if c.p_value is None else f"{c.p_value:.2g}"
         values = f"{100 * c.first:.2f} %", f"{100 * c.second:.2f} %", f"{100 * c.difference:+.2f}"
         table.add_row(name, *values, interval, p_value)
-    Console().print(table)
+    show(table)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from aroface.errors import ConfigError
+from launch.console import new_table, show
 from launch.evaluate_options import one_rate, positive
 from launch.fae_sets import SETS, TASKS
+from launch.outputs import output_file
 from launch.training_overlap import add_trained_on, overlap_warnings
 
 _FPIR = one_rate("0.1")
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
-    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+    parser.add_argument("--out", type=output_file, required=True, metavar="R.json", help="result file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,13 +95,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(record: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     names = list(record["sweeps"][0]["points"][0]["metrics"])
-    table = Table(title=f"FAE-1 on {record['set']}", title_justify="left", caption_justify="left")
-    for heading in ("sweep", "level", "NME", *names):
-        table.add_column(heading, justify="left" if heading == "sweep" else "right")
+    numbers = ("level", "NME", *names)
+    table = new_table("sweep", *numbers, title=f"FAE-1 on {record['set']}", numbers=numbers)
     for sweep in record["sweeps"]:
         title = f"{sweep['name']} [{sweep['unit']}]" if sweep["unit"] else sweep["name"]
         for point in sweep["points"]:
@@ -109,7 +107,4 @@ def _print(record: dict[str, Any]) -> None:
         table.add_section()
     areas = (f"{name} {entry['value']:.3f}" for name, entry in record["metrics"].items() if name.startswith("area_"))
     table.caption = ", ".join(f"{name} {value}" for name, value in record["counts"].items()) + "\n" + "\n".join(areas)
-    say = Console().print
-    say(table)
-    for warning in record["warnings"]:
-        say(f"* {warning}")
+    show(table, *(f"* {warning}" for warning in record["warnings"]))

@@ -9,7 +9,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.console import new_table, show
 from launch.evaluate_options import counts, positive
+from launch.outputs import output_file
 from launch.training_overlap import add_trained_on, overlap_warnings
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", choices=("sum", "none"), default="sum", help="mirror images added")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images per call")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
-    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+    parser.add_argument("--out", type=output_file, required=True, metavar="R.json", help="result file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,14 +96,8 @@ def _baselines(args: argparse.Namespace) -> "dict[str, Embedder]":
 
 
 def _print(record: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     columns = {"model": record, **record["baselines"]}
-    table = Table(title="LFW-LQ", title_justify="left", caption_justify="left")
-    table.add_column("metric")
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = new_table("metric", *columns, title="LFW-LQ", numbers=columns)
     for name in record["metrics"]:
         table.add_row(name, *(_percent(column["metrics"][name]) for column in columns.values()))
         if name.startswith("rank_1@"):
@@ -110,10 +106,7 @@ def _print(record: dict[str, Any]) -> None:
                 row = (_percent(column["conditions"][block]["metrics"][inner]) for column in columns.values())
                 table.add_row(f"  {inner}", *row)
     table.caption = ", ".join(f"{name} {value}" for name, value in record["counts"].items())
-    say = Console().print
-    say(table)
-    for warning in record["warnings"]:
-        say(f"* {warning}")
+    show(table, *(f"* {warning}" for warning in record["warnings"]))
 
 
 def _percent(entry: dict[str, Any]) -> str:

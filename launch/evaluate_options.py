@@ -1,19 +1,19 @@
 """Options and output that the evaluation commands share."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from aroface.errors import ConfigError
+from launch.console import new_table, show
 from retrieval.metrics.rules import RULES
 
 __all__ = [
     "RateList",
     "add_rule",
     "counts",
+    "finite",
     "one_rate",
     "positive",
     "print_record",
@@ -57,6 +57,17 @@ def one_rate(text: str) -> RateList:
 def rate(text: str) -> float:
     """Parse one number in (0, 1]."""
     return one_rate(text).values[0]
+
+
+def finite(text: str) -> float:
+    """Parse a number that is neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, such as 0.35")
+    return value
 
 
 def positive(text: str) -> int:
@@ -110,10 +121,8 @@ def print_record(record: Mapping[str, Any], *, title: str) -> None:
     """The metrics of one record as a table on stdout."""
     from retrieval.results import support_mark
 
-    say = Console().print
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for heading in ("metric", "value", "95 % interval", "K", "realised", "threshold"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    numbers = ("value", "95 % interval", "K", "realised", "threshold")
+    table = new_table("metric", *numbers, title=title, numbers=numbers)
     for name, entry in record["metrics"].items():
         if entry["value"] is None:
             table.add_row(name, "-", entry["reason"], "", "", "")
@@ -130,9 +139,7 @@ def print_record(record: Mapping[str, Any], *, title: str) -> None:
     table.caption = (
         ", ".join(f"{name} {value}" for name, value in record["counts"].items()) + f"; rule {record['rule']}"
     )
-    say(table)
-    for warning in record["warnings"]:
-        say(f"* {warning}")
+    show(table, *(f"* {warning}" for warning in record["warnings"]))
 
 
 def _number(value: Any, form: str) -> str:

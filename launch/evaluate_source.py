@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aroface.errors import ConfigError
 from launch.evaluate_device import search_blocks
 from launch.evaluate_options import positive, print_record, whole
+from launch.outputs import output_file
 from launch.training_overlap import add_trained_on, overlap_warnings
 
 if TYPE_CHECKING:
@@ -103,15 +104,15 @@ def add_out(
             help="also the error rates here at the thresholds of that result: a system whose threshold was set once",
         )
     if pairs:
-        parser.add_argument("--save-scores", type=Path, metavar="S.npy", help="scores of all pairs, float32")
+        parser.add_argument("--save-scores", type=output_file, metavar="S.npy", help="scores of all pairs, float32")
     if searches:
         parser.add_argument(
-            "--save-candidates", type=Path, metavar="C.csv", help="the best entries of every probe, as many as L"
+            "--save-candidates", type=output_file, metavar="C.csv", help="the best entries of every probe, as many as L"
         )
     parser.add_argument(
-        "--details", type=Path, metavar="D.npz", help="also write every score, for `aroface evaluate compare`"
+        "--details", type=output_file, metavar="D.npz", help="also write every score, for `aroface evaluate compare`"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="result file")
+    parser.add_argument("--out", type=output_file, required=True, metavar="R.json", help="result file")
 
 
 def open_collection(args: argparse.Namespace, stack: ExitStack, *, total: int | None = None) -> "Collection":
@@ -236,8 +237,8 @@ def finish(
         preprocessing=prepared,
         **more,
     )
-    _save(args, record, details, scores, searched)
     write_result(args.out, record)
+    _save(args, record, details, scores, searched)
     print_record(record, title=title)
     return record
 

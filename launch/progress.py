@@ -20,22 +20,23 @@ class Progress:
         name: what is being done, such as `Embed`.
         total: items in all.
         unit: what is counted, in the plural.
+        done_before: items that an earlier run did, which say nothing about the rate.
     """
 
-    def __init__(self, name: str, *, total: int, unit: str) -> None:
+    def __init__(self, name: str, *, total: int, unit: str, done_before: int = 0) -> None:
         self._name = name
         self._total = total
         self._unit = unit
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
-        self._first: int | None = None
+        self._done_before = done_before
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(self._unit),
@@ -49,17 +50,17 @@ class Progress:
 
     def update(self, done: int) -> None:
         """Show that `done` of the items are done."""
-        if self._first is None:
-            self._first = done  # an earlier run may have done the first part: it says nothing about the rate
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
             return
         now = time.monotonic()
         if done == self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            rate = (done - self._first) / max(now - self._started, 1e-9)
-            left = f", {_duration((self._total - done) / rate)} left" if rate and done < self._total else ""
-            line = f"{self._name}: {done:,} of {self._total:,} {self._unit}, {rate:,.1f}/s{left}"
+            line = f"{self._name}: {done:,} of {self._total:,} {self._unit}"
+            if done > self._done_before:
+                rate = (done - self._done_before) / max(now - self._started, 1e-9)
+                left = f", {_duration((self._total - done) / rate)} left" if done < self._total else ""
+                line += f", {rate:,.1f}/s{left}"
             self._console.print(line, soft_wrap=True)
 
     def __exit__(
@@ -89,7 +90,7 @@ class StagedProgress:
         if self._stage is None or name != self._name:
             self._close()
             self._name = name
-            self._stage = Progress(name, total=total, unit=self._unit).__enter__()
+            self._stage = Progress(name, total=total, unit=self._unit, done_before=done).__enter__()
         self._stage.update(done)
 
     def _close(self) -> None:

@@ -11,6 +11,7 @@ is killed loses the part in hand only. A part is written whole or not at all.
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,11 @@ from retrieval.embeddings import EmbeddingSet
 
 __all__ = ["PartedExtraction", "extraction_progress", "part_bounds"]
 
+logger = logging.getLogger(__name__)
+
 _JOB_NAME = "job.json"
 _PARTS = "parts"
+_SOURCE = "source_sha256"
 _POLL_S = 0.5
 
 
@@ -60,7 +64,8 @@ class PartedExtraction:
 
     Args:
         folder: empty, new, or of the same extraction, which goes on.
-        description: model, settings and images in words that `json` can hold.
+        description: model and settings in words that `json` can hold.
+        source: digest of the images, which tells those of the same names from one another.
         keys: names of all images, in order.
         bounds: [start, stop) rows of every part, see `part_bounds`.
 
@@ -69,13 +74,20 @@ class PartedExtraction:
     """
 
     def __init__(
-        self, folder: Path, *, description: Mapping[str, Any], keys: Sequence[str], bounds: Sequence[tuple[int, int]]
+        self,
+        folder: Path,
+        *,
+        description: Mapping[str, Any],
+        source: str,
+        keys: Sequence[str],
+        bounds: Sequence[tuple[int, int]],
     ) -> None:
         self._folder = folder
         self._bounds = list(bounds)
         job = {
             **description,
             "images_sha256": hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest(),
+            _SOURCE: source,
             "bounds": [list(bound) for bound in bounds],
         }
         self._job: dict[str, Any] = json.loads(json.dumps(job))
@@ -95,7 +107,22 @@ class PartedExtraction:
                 if lock.is_mine and not path.is_file():
                     write_json(path, self._job)
         found = read_json(path)
+        if _SOURCE not in found:
+            logger.warning(
+                "%s was begun by an earlier version, which did not note what the images were. Where any of them was "
+                "replaced since, remove that folder or name another one.",
+                self._folder,
+            )
+            found[_SOURCE] = self._job[_SOURCE]
+        self._compare(found)
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
         differing = [key for key in (*self._job, *found) if found.get(key) != self._job.get(key)]
+        if {*differing} == {_SOURCE}:
+            raise DataError(
+                f"{self._folder} holds embeddings of other images of the same names: images or their landmarks were "
+                "replaced since. Remove that folder to embed all of them anew, or name another one."
+            )
         if differing:
             key = differing[0]
             raise DataError(

@@ -1,7 +1,9 @@
 """Any source layout, a shard directory or a plain folder, as named faces: what embedding and evaluation read."""
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +18,27 @@ from shards.manifest import MANIFEST_NAME, read_identities
 from shards.pack import read_table
 from shards.sources import SourceOptions, detect_format, open_source
 from shards.sources.base import IMAGE_SUFFIXES
+from shards.sources.folder import FolderSource
+from shards.sources.list_file import ListSource
 
-__all__ = ["ImageFolder", "align_faces", "aligned_when_packed", "open_face_set", "shard_of_rows"]
+__all__ = ["ImageFolder", "StoredFaces", "align_faces", "aligned_when_packed", "open_face_set", "shard_of_rows"]
+
+
+class StoredFaces(FaceSet, Protocol):
+    """Faces that lie on disk."""
+
+    def digest(self) -> str:
+        """Hex digest that changes when images are replaced; equal for a copy on another machine.
+
+        Of shards that of the manifest, else of the size of every image, its checksum where the layout has one, and the
+        landmarks that it is aligned by. No image is read.
+        """
+        ...
 
 
 def open_face_set(
     path: Path, *, options: SourceOptions | None = None, align: bool = False, as_stored: bool = False
-) -> FaceSet:
+) -> StoredFaces:
     """Faces of a shard directory or of any layout, sorted by identity and name, so that all give one order.
 
     Args:
@@ -49,7 +65,7 @@ def open_face_set(
     return _SourceFaces(path, options, align=align)
 
 
-def align_faces(faces: FaceSet, landmarks: Path) -> FaceSet:
+def align_faces(faces: StoredFaces, landmarks: Path) -> StoredFaces:
     """The same faces, each cropped by its five points when it is read.
 
     Args:
@@ -114,14 +130,22 @@ class ImageFolder:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         return decode_rgb(data, name=str(path))
 
+    def digest(self) -> str:
+        """See `StoredFaces`."""
+        return _digest(np.array([(self._folder / key).stat().st_size for key in self.keys], np.int64))
+
 
 class _AlignedFaces:
-    def __init__(self, faces: FaceSet, points: Mapping[str, Sequence[float]]) -> None:
+    def __init__(self, faces: StoredFaces, points: Mapping[str, Sequence[float]]) -> None:
         self._faces, self._points = faces, points
         self.keys, self.identities = faces.keys, faces.identities
 
     def read(self, index: int) -> NDArray[np.uint8]:
         return align_face(self._faces.read(index), self._points[self.keys[index]])
+
+    def digest(self) -> str:
+        points = np.array([self._points[key] for key in self.keys], np.float64)
+        return _digest(np.frombuffer(self._faces.digest().encode(), np.uint8), points)
 
 
 class _SourceFaces:
@@ -142,6 +166,16 @@ class _SourceFaces:
             raise DataError(f"{self.keys[index]}: its list tells no landmarks to align it by.")
         return align_face(pixels, entry.landmarks)
 
+    def digest(self) -> str:
+        table = self._table
+        columns: list[NDArray[Any]] = [table.landmarks] if self._align else []
+        if isinstance(self._source, ListSource):
+            lines = (entry for _, _, entry in table.entries(np.arange(len(table))))
+            return _digest(np.array([self._source.image_bytes(line) for line in lines], np.int64), *columns)
+        if not isinstance(self._source, FolderSource):  # whose checks are times, which a copy does not keep
+            columns.append(table.check)
+        return _digest(table.length, *columns)
+
 
 class _ShardFaces:
     def __init__(self, directory: Path, *, is_sorted: bool) -> None:
@@ -161,3 +195,10 @@ class _ShardFaces:
 
     def read(self, index: int) -> NDArray[np.uint8]:
         return decode_rgb(self._dataset.read(self._samples[index])[0], name=self.keys[index])
+
+    def digest(self) -> str:
+        return self._dataset.fingerprint
+
+
+def _digest(*columns: NDArray[Any]) -> str:
+    return sha256(b"".join(column.tobytes() for column in columns)).hexdigest()

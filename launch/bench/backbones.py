@@ -9,7 +9,6 @@ Activations are what is alive between the forward and the backward pass, per ima
 import argparse
 import gc
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from aroface.config.model import VIT_SIZES, ModelSection
 from aroface.errors import ConfigError
 from aroface.models import Backbone, build_backbone
 from launch.bench.output import Report
+from launch.outputs import output_file
 
 __all__ = ["PUBLISHED", "activation_bytes", "forward_flops"]
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PUBLISHED)} (default: all)")
     parser.add_argument("--image-size", type=int, default=112, metavar="PX", help="side of the input")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,12 +12,12 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.bench.measure import Measurement, interleave
 from launch.bench.output import Report, measured
 from launch.evaluate_options import positive
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=_stages, default="0,1,2,3", metavar="S,..", help="ZeRO stages")
     parser.add_argument("--steps", type=positive, default=5, metavar="N", help="steps in a round")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def _stages(text: str) -> list[int]:

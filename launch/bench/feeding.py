@@ -12,6 +12,7 @@ from pathlib import Path
 from aroface.engine.metrics import METRICS_FILE
 from aroface.errors import DataError
 from launch.bench.output import Report
+from launch.outputs import output_file
 
 _GOAL_PERCENT = 2.0
 
@@ -19,7 +20,7 @@ _GOAL_PERCENT = 2.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of `aroface train`")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

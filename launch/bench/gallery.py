@@ -33,6 +33,7 @@ from launch.bench.measure import PeakMemory, interleave, own_memory, ratio
 from launch.bench.output import Report, measured
 from launch.bench.roofline import Precision, measure_peaks
 from launch.evaluate_options import positive
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from retrieval.embeddings import EmbeddingSet
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="for the galleries, 2 KiB a face (default: a temporary one)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroface.errors import ConfigError
@@ -23,6 +22,7 @@ from launch.bench.head_ranks import expected_bytes, traffic
 from launch.bench.measure import interleave, peak_growth, ratio
 from launch.bench.output import Report, measured
 from launch.bench.roofline import Peaks, measure_peaks
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: passes by wall time, and their memory"
     )
     parser.add_argument("--full", action="store_true", help="memory at 617,970 classes too")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

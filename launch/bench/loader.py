@@ -24,6 +24,7 @@ import numpy as np
 
 from launch.bench.measure import Measurement, PeakMemory, interleave, ratio
 from launch.bench.output import Report, measured
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--open-images", type=int, default=_LARGE_SET, metavar="N", help="samples of the set to open")
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for temporary files (default: the system's)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

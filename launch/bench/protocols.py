@@ -14,7 +14,6 @@ import logging
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from aroface.errors import ConfigError
 from launch.bench.measure import PeakMemory
 from launch.bench.output import Report
 from launch.bench.roofline import Peaks, measure_peaks
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from retrieval.embeddings import EmbeddingSet
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", metavar="D", help="the searches alone, on GPUs beside the CPU: cuda, cuda:0 or cuda:0,1"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

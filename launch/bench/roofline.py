@@ -12,11 +12,11 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from launch.bench.output import Report
 from launch.evaluate_options import positive
+from launch.outputs import output_file
 
 __all__ = ["Peaks", "Precision", "add_arguments", "measure_peaks", "run"]
 
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU where there is one)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

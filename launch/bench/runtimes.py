@@ -22,6 +22,7 @@ from launch.bench.measure import Measurement, interleave, ratio
 from launch.bench.output import Report, measured
 from launch.bench.roofline import Peaks, Precision, measure_peaks
 from launch.evaluate_options import counts, positive
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=positive, default=16, metavar="N", help="images in a round, at least")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads of every runtime")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

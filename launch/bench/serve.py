@@ -25,6 +25,7 @@ from aroface.errors import ArofaceError
 from launch.bench.measure import Measurement, interleave
 from launch.bench.output import Report, measured
 from launch.evaluate_options import counts, positive
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     from aroface.types import Embedder
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=counts, default=[1, 8, 32, 64], metavar="N,..", help="bare")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the model (default: all cores)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="counted rounds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from launch.bench.output import Report, measured
 from launch.bench.roofline import measure_peaks
 from launch.bench.step_feed import collectives_s, copy_s, drawn_shards, fed_steps
 from launch.bench.step_limits import StepLimits, limits_of
+from launch.outputs import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -95,9 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted turns of every way")
     parser.add_argument("--ways", default=",".join(_WAYS), metavar="A,B", help="comma-separated, of: %(default)s")
     parser.add_argument(
-        "--profile", type=Path, metavar="FILE", help="write a trace of every way for chrome://tracing, name the largest"
+        "--profile",
+        type=output_file,
+        metavar="FILE",
+        help="write a trace of every way for chrome://tracing, name the largest",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -158,6 +158,8 @@ class FaceService:
         Raises:
             ConflictError: the entry id is taken.
         """
+        from retrieval.gallery import EnrolledIdError
+
         embedding = self.embed(face)
         with self._writer:
             name = entry_id or self._free_entry_id(subject_id)
@@ -169,6 +171,11 @@ class FaceService:
                     model_id=self.embedder.model_id,
                     contract=self.embedder.contract,
                 )
+            except EnrolledIdError as error:
+                raise ConflictError(
+                    f"Entry {name} is enrolled already, and an id names one entry. Delete that entry first, send "
+                    "another entry_id, or leave entry_id out to be given a new one."
+                ) from error
             except DataError as error:
                 raise ConflictError(str(error)) from error
         return Enrolled(name, subject_id, float(np.linalg.norm(embedding)))

@@ -19,12 +19,14 @@ from retrieval.gallery.records import (
     Recall,
 )
 from retrieval.gallery.store import GalleryBusyError, Manifest
+from retrieval.gallery.vectors import EnrolledIdError
 
 __all__ = [
     "INDEX_KINDS",
     "Calibration",
     "Candidate",
     "Consistency",
+    "EnrolledIdError",
     "FaceGallery",
     "Fusion",
     "Gallery",

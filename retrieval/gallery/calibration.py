@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aroface.errors import DataError
-from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery.records import Calibration, Candidate, Level
 from retrieval.metrics.rules import accepts, operating_point
 
@@ -18,32 +17,36 @@ def calibrated(
     found: Sequence[Sequence[Candidate]],
     subjects: NDArray[Any],
     enrolled: NDArray[np.bool_],
-    probes: EmbeddingSet,
     fpirs: Sequence[float],
     level: Level,
     count: int,
+    *,
+    name: str,
 ) -> tuple[Calibration, ...]:
     """Thresholds for the wanted rates, the lowest rate first.
 
     Args:
-        found: first candidates of every probe that has an embedding.
-        subjects: (n,) who those probes are, as text.
+        found: first candidates of every probe; none for one without an embedding. Such a stranger raises no alarm, such
+            a mate is a miss, and both count.
+        subjects: (n,) who the probes are, as text.
         enrolled: (n,) whether they are in the gallery.
-        probes: the whole set; a stranger without an embedding raises no alarm, a mate without one is a miss.
         fpirs: wanted rates.
         level: of the searches.
         count: entries in the gallery.
+        name: of the probes, for messages.
 
     Raises:
-        DataError: a rate out of range, or no stranger with an embedding.
+        DataError: a rate out of range, no stranger, or a rate that allows as many alarms as there are scores.
+
+    Source: docs of the protocols, section 1.7.
     """
     for fpir in fpirs:
         if not 0 < fpir < 1:
             raise DataError(f"FPIR {fpir} is outside (0, 1); 0.01 accepts one stranger in a hundred.")
     if not fpirs or enrolled.all():
         raise DataError(
-            f"{probes.name}: a threshold needs rates, and searches for people who are not enrolled; all "
-            f"{len(subjects)} usable probes are of enrolled subjects. Add faces of other people."
+            f"{name}: a threshold needs rates, and searches for people who are not enrolled; all {len(subjects)} "
+            "probes are of enrolled subjects. Add faces of other people."
         )
     scores = np.array([near[0].score if near else -np.inf for near in found], np.float32)
     is_first = np.array([bool(near) and near[0].subject_id == who for near, who in zip(found, subjects, strict=True)])
@@ -52,6 +55,12 @@ def calibrated(
     points = []
     for fpir in sorted(fpirs):
         point = operating_point(strangers, fpir)
+        if point.threshold == -np.inf:
+            raise DataError(
+                f"{name}: FPIR {fpir:g} allows {point.k} false alarms in {len(strangers)} searches for strangers, and "
+                f"only {np.isfinite(strangers).sum()} of them found anybody: every score would be accepted. Ask for a "
+                "lower rate, or add strangers whose faces have an embedding."
+            )
         hits = int((accepts(scores, point) & is_first & enrolled).sum())
         points.append(
             Calibration(

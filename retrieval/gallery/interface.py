@@ -183,7 +183,7 @@ class FaceGallery(ABC):
 
         Args:
             probes: a calibration set; those whose subject is not enrolled count as strangers, the others measure how
-                many mates are found.
+                many mates are found. One without an embedding counts too: as a search that finds nobody.
             fpirs: wanted rates, each in (0, 1).
             level: what a candidate is.
 
@@ -191,12 +191,13 @@ class FaceGallery(ABC):
             The new state; `info.calibration` holds the thresholds, earlier ones are replaced.
 
         Raises:
-            DataError: a rate out of range, or no stranger among the probes.
+            DataError: a rate out of range, no stranger among the probes, or too few of them with an embedding.
         """
-        usable = probes.take(probes.enrolled)
-        found = self.search(usable.embeddings, top=1, level=level)
-        subjects = usable.subject_ids.astype(np.str_)
-        points = calibrated(found, subjects, self.has_subjects(subjects), probes, fpirs, level, len(self))
+        usable = probes.enrolled
+        searches = iter(self.search(probes.embeddings[usable], top=1, level=level) if usable.any() else ())
+        found = [next(searches) if is_usable else [] for is_usable in usable]
+        subjects = probes.subject_ids.astype(np.str_)
+        points = calibrated(found, subjects, self.has_subjects(subjects), fpirs, level, len(self), name=probes.name)
         return self._with_calibration(points)
 
     def calibration_at(self, level: Level) -> tuple[Calibration, ...]:

@@ -8,10 +8,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from aroface.errors import DataError, ShapeError
 
-__all__ = ["as_unit", "check_embeddings", "check_ids", "lengths", "listed", "unit_blocks"]
+__all__ = ["EnrolledIdError", "as_unit", "check_embeddings", "check_ids", "lengths", "listed", "unit_blocks"]
 
 _BLOCK_ROWS = 1 << 7  # in float64 they stay in the cache
 _NAMED_ROWS = 5
+
+
+class EnrolledIdError(DataError):
+    """An entry id that was to be enrolled is enrolled already."""
 
 
 def check_embeddings(embeddings: NDArray[Any], dimension: int | None) -> None:
@@ -49,7 +53,8 @@ def check_ids(
 
     Raises:
         ShapeError: another number of ids.
-        DataError: an entry id that repeats or is taken.
+        DataError: an entry id that repeats.
+        EnrolledIdError: one that is taken.
     """
     subjects, names = _as_text(subject_ids), _as_text(entry_ids)
     for what, values in (("subject ids", subjects), ("entry ids", names)):
@@ -63,7 +68,7 @@ def check_ids(
             "entry an id of its own, or leave out those that are given twice."
         )
     if taken:
-        raise DataError(
+        raise EnrolledIdError(
             f"Entry ids {listed(sorted(taken))} are enrolled already; an entry id names one entry. Replace them "
             "(--upsert), remove them first, or give the new ones other ids."
         )

@@ -52,9 +52,7 @@ class ListSource:
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of the image file that a line names."""
-        with self._path.open("rb") as file:
-            file.seek(entry.offset)
-            path = self._root / self._fields(file.readline(), "an entry")[0]
+        path = self._image_path(entry)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -62,6 +60,18 @@ class ListSource:
         if len(data) > MAX_IMAGE_BYTES:
             raise DataError(f"{path} has {len(data)} bytes, over the limit for a face.")
         return data
+
+    def image_bytes(self, entry: Entry) -> int:
+        """Size of the image file that a line names; -1 where there is none."""
+        try:
+            return self._image_path(entry).stat().st_size
+        except OSError:
+            return -1
+
+    def _image_path(self, entry: Entry) -> Path:
+        with self._path.open("rb") as file:
+            file.seek(entry.offset)
+            return self._root / self._fields(file.readline(), "an entry")[0]
 
     def _split(self, line: str) -> list[str]:
         line = line.rstrip("\r\n")

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -108,6 +110,49 @@ def test_a_folder_of_parts_equals_the_file(
     assert main(arguments) == 0
     assert main([*arguments, "--take", "first"]) == 2
     assert "holds another extraction" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["faces", "flat", "faces.zip", "list.csv", "shards"])
+def test_parts_of_images_that_were_replaced_are_not_kept(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    def write(seed: int) -> Path:
+        root = tmp_path / str(seed)
+        keys = [f"{'ab'[number % 2]}/{number}.jpg" for number in range(4)]
+        for key, face in zip(keys, synthetic_faces(40, seed=seed), strict=False):
+            path = root / ("flat" if layout == "flat" else "faces") / key.replace("/", "_" if layout == "flat" else "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_jpeg(face))
+        if layout == "faces.zip":
+            shutil.make_archive(str(root / "faces"), "zip", root / "faces")
+        (root / "list.csv").write_text("".join(f"faces/{key},{key[0]}\n" for key in keys))
+        if layout == "shards":
+            assert main(["pack", str(root / "faces"), str(root / "shards")]) == 0
+        return root / layout
+
+    first, copied, other = write(7), tmp_path / "copied", write(8)
+    shutil.copytree(first.parent, copied)
+    for path in copied.rglob("*"):
+        os.utime(path, (1, 1))  # another machine's times
+    embed = ["embed", str(place / "run"), "--threads", "1", "--out", str(tmp_path / "parts")]
+    assert main([*embed, str(first)]) == 0
+    assert main([*embed, str(copied / layout)]) == 0
+    capsys.readouterr()
+    assert main([*embed, str(other)]) == 2
+    assert "were replaced since. Remove that folder to embed all of them anew" in capsys.readouterr().err
+
+
+def test_parts_of_faces_with_other_landmarks_are_not_kept(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = np.asarray(ARCFACE_TEMPLATE_112).ravel()
+    embed = ["embed", str(place / "run"), str(place / "faces"), "--threads", "1", "--out", str(tmp_path / "parts")]
+    embed += ["--landmarks", str(tmp_path / "points.csv")]
+    for shift, code in ((0, 0), (0, 0), (1, 2)):
+        lines = (f"person{n % 2}/{n}.jpg," + ",".join(f"{value:.2f}" for value in points + shift) for n in range(6))
+        (tmp_path / "points.csv").write_text("\n".join(lines))
+        assert main(embed) == code
+    assert "were replaced since" in capsys.readouterr().err
 
 
 def test_every_process_gets_a_gpu_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,3 +148,42 @@ def test_the_recall_of_a_gallery_on_milvus(milvus: MilvusPlace, tmp_path: Path, 
     shown = capsys.readouterr().out
     assert "of 50 probes (given)" in shown
     assert "HNSW, M 32, efConstruction 100, ef 16, 1 rescored per place" in shown
+
+
+def test_search_shows_ids_with_brackets_and_long_ones_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = ["[old]g1", "[/x]", "k" * 200]
+    faces = EmbeddingSet(np.eye(3, 8, dtype=np.float32), np.array(["[red]a", "[/b]", "s" * 150]), keys=np.array(keys))
+    write_embeddings(tmp_path / "e.npz", faces)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", str(tmp_path / "e.npz")]) == 0
+    capsys.readouterr()
+    assert main(["gallery", "search", str(tmp_path / "g"), "--probes", str(tmp_path / "e.npz"), "--top", "1"]) == 0
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    for place, whole in ((1, keys), (3, faces.subject_ids.tolist()), (4, keys)):
+        assert "".join(row[place] for row in rows) == "".join(whole)
+
+
+@pytest.mark.parametrize(
+    "limit", ["--threshold=nan", "--threshold=inf", "--threshold=-inf", "--threshold=x", "--fpir=nan"]
+)
+def test_limits_that_are_no_numbers_are_refused(tmp_path: Path, capsys: Any, limit: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gallery", "search", str(tmp_path / "g"), "--probes", "p.npz", limit])
+    assert ended.value.code == 2
+    option, _, value = limit.partition("=")
+    assert f"argument {option}: {value!r} is not a" in capsys.readouterr().err
+
+
+def test_calibrate_counts_failed_rows_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    enrolled = _write(tmp_path / "e.npz", slice(0, 20), seed=1)
+    strangers = _write(tmp_path / "s.npz", slice(100, 200), seed=2, fte=np.arange(100) < 30)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", enrolled]) == 0
+    assert main(["gallery", "calibrate", str(tmp_path / "g"), "--probes", strangers, "--fpir", "0.1"]) == 0
+    assert "(100 strangers, entry); not supported: 10 false alarms allowed, 30 needed" in capsys.readouterr().out
+    assert "30 rows failed to enrol; they count" in caplog.text
+    assert main(["gallery", "calibrate", str(tmp_path / "g"), "--probes", strangers, "--fpir", "0.8"]) == 2
+    assert "Ask for a lower rate" in capsys.readouterr().err

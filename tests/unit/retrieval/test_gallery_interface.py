@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -209,9 +210,9 @@ def test_calibrated_thresholds_keep_their_promise(make: Maker) -> None:
     gallery = gallery.calibrate(probes, [0.1, 0.01])
     tops = np.array([exact_cosines(enrolled, probe).max() for probe in strangers])
     for point, k in zip(gallery.info.calibration, (4, 40), strict=True):
-        assert (point.k, point.non_mated, point.mated, point.count) == (k, 400, 40, 40)
+        assert (point.k, point.non_mated, point.mated, point.count) == (k, 401, 40, 40)
         assert point.threshold == np.sort(tops)[::-1][k]  # no interpolation: the largest score that is not accepted
-        assert point.realised == (tops > point.threshold).mean() == k / 400
+        assert point.realised == (tops > point.threshold).sum() / 401 == k / 401
         assert point.is_supported == (k >= 30)
         hits = sum(
             exact_cosines(enrolled, mate).argmax() == row and exact_cosines(enrolled, mate).max() > point.threshold
@@ -228,6 +229,53 @@ def test_calibrated_thresholds_keep_their_promise(make: Maker) -> None:
     with pytest.raises(DataError, match="Add faces of other people"):
         gallery.calibrate(probes.take(np.arange(400, 440)), [0.1])
     assert gallery.add(drawn(1), ["new"]).info.calibration == gallery.info.calibration
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_failed_probes_stay_in_the_counts(make: Maker, seed: int) -> None:
+    """Strangers among them raise no alarm, mates are misses; thresholds by counting alarms at every score."""
+    enrolled, subjects = drawn(30, seed=seed), np.arange(30) % 10
+    gallery = make(enrolled, subjects)
+    noise = drawn(350, seed=seed + 20)
+    values = np.concatenate([noise[:300], np.tile(enrolled, (2, 1))[:50] + noise[300:] / 3]).astype(np.float32)
+    who = np.concatenate([np.arange(1000, 1300), np.tile(subjects, 2)[:50]])
+    is_mate, draw = who < 1000, np.random.default_rng(seed)
+    is_marked, is_zero = draw.random(350) < 0.2, draw.random(350) < 0.1
+    values[is_zero] = 0
+    has_failed = is_marked | is_zero
+    gallery = gallery.calibrate(EmbeddingSet(values, who, fte=is_marked), [0.02, 0.3])
+
+    best = [
+        None if failed else exact_cosines(enrolled, probe) for probe, failed in zip(values, has_failed, strict=True)
+    ]
+    for point, rate in zip(gallery.info.calibration, (Fraction(2, 100), Fraction(3, 10)), strict=True):
+
+        def alarms(threshold: float) -> int:
+            return sum(scores is not None and scores.max() > threshold for scores in best[:300])
+
+        allowed = [s.max() for s in best[:300] if s is not None and Fraction(alarms(s.max()), 300) <= rate]
+        assert point.threshold == min(allowed)  # the lowest that keeps the rate
+        assert (point.k, point.non_mated, point.mated) == (int(rate * 300), 300, 50)
+        assert point.realised == alarms(point.threshold) / 300
+        found = [
+            scores is not None and scores.max() > point.threshold and subjects[scores.argmax()] == own
+            for scores, own in zip(best[300:], who[300:], strict=True)
+        ]
+        assert point.tpir == sum(found) / 50
+        assert point.doubts(30) == (["not supported: 6 false alarms allowed, 30 needed"] if point.k < 30 else [])
+    assert has_failed[is_mate].any()
+    assert has_failed[~is_mate].any()
+
+
+def test_a_rate_that_allows_more_alarms_than_there_are_scores_is_refused(make: Maker) -> None:
+    gallery = make(drawn(5), np.arange(5))
+    values, who = drawn(10, seed=3), np.arange(100, 110)
+    values[:8] = 0
+    assert gallery.calibrate(EmbeddingSet(values, who), [0.15]).info.calibration[0].k == 1
+    with pytest.raises(DataError, match=r"allows 2 false alarms in 10 .* only 2 of them found anybody.*lower rate"):
+        gallery.calibrate(EmbeddingSet(values, who), [0.2])
+    with pytest.raises(DataError, match="only 0 of them found anybody"):
+        gallery.calibrate(EmbeddingSet(np.zeros_like(values), who), [0.1])
 
 
 def test_a_threshold_holds_at_the_level_that_it_was_found_at(make: Maker) -> None:

@@ -33,9 +33,9 @@ def rows_of(start: int, stop: int) -> EmbeddingSet:
     )
 
 
-def extraction(folder: Path, **changes: object) -> PartedExtraction:
+def extraction(folder: Path, source: str = "s1", **changes: object) -> PartedExtraction:
     description = {"model_id": "m", "flip": "sum", **changes}
-    return PartedExtraction(folder, description=description, keys=KEYS, bounds=BOUNDS)
+    return PartedExtraction(folder, description=description, source=source, keys=KEYS, bounds=BOUNDS)
 
 
 def assert_whole(folder: Path) -> None:
@@ -163,13 +163,36 @@ def test_another_extraction_and_a_folder_of_other_files_are_refused(tmp_path: Pa
     with pytest.raises(DataError, match='another extraction: flip is "sum" there and "none" here'):
         extraction(tmp_path / "out", flip="none")
     with pytest.raises(DataError, match="images_sha256"):
-        PartedExtraction(tmp_path / "out", description={"model_id": "m", "flip": "sum"}, keys=KEYS[::-1], bounds=BOUNDS)
+        PartedExtraction(
+            tmp_path / "out",
+            description={"model_id": "m", "flip": "sum"},
+            source="s1",
+            keys=KEYS[::-1],
+            bounds=BOUNDS,
+        )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(DataError, match=r"holds thesis\.tex and no job\.json"):
         extraction(tmp_path / "mine")
     with pytest.raises(DataError, match="is a file"):
         extraction(tmp_path / "mine" / "thesis.tex")
+
+
+def test_parts_of_images_that_were_replaced_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "out"
+    extraction(folder).work(rows_of)
+    with pytest.raises(DataError, match=r"were replaced since\. Remove that folder"):
+        extraction(folder, source="s2")
+    assert extraction(folder).rows_done == ROWS
+    assert not caplog.text
+    job = json.loads((folder / "job.json").read_text())
+    del job["source_sha256"]  # as an earlier version wrote it
+    (folder / "job.json").write_text(json.dumps(job))
+    assert extraction(folder).rows_done == ROWS
+    assert "begun by an earlier version" in caplog.text
+    assert "remove that folder or name another one" in caplog.text
+    with pytest.raises(DataError, match="another extraction: flip"):
+        extraction(folder, flip="none")
 
 
 def test_a_damaged_part_is_named_and_made_anew(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def test_enrol_search_delete(client, gallery):
     assert len(Gallery.open(gallery.directory)) == 5  # on disk when the answer has come
     again = client.post("/v1/entries", files={"image": image(9)}, data={"subject_id": "eve", "entry_id": "eve/a"})
     assert again.status_code == 409
-    assert "eve/a" in again.json()["error"]
+    assert "Entry eve/a is enrolled already" in again.json()["error"]
+    assert "leave entry_id out" in again.json()["error"]
+    assert "--" not in again.json()["error"]  # no option of the command line
     free = client.post("/v1/entries", files={"image": image(8)}, data={"subject_id": "eve"}).json()
     assert free["entry_id"].startswith("eve/")
     found = client.post("/v1/search", files={"image": image(9)}, data={"top": "1"}).json()["matches"]
