@@ -4,6 +4,7 @@ Exit code 0: done. 2: something the user can put right, told in one message. 1: 
 """
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -48,6 +49,14 @@ _SMALLER_BATCH = "Lower --batch where the command has it, or use a device with m
 _SMALLER = {
     "train": "Lower batch.micro_batch (batch.global_batch stays, more steps are accumulated), or set "
     "model.checkpoint_activations=true; `aroface plan CONFIG --gpus N` tells what fits."
+}
+#: Why the system refuses a path that the user has named -> what to do.
+_REFUSED_PATHS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room, or name a path on another disk."),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions, or name another path."),
+    errno.ENOTDIR: "A file stands where a folder is meant; name another path.",
+    errno.EISDIR: "A folder stands where a file is meant; name another path.",
+    errno.EEXIST: "Something else stands there; name another path, or remove it first.",
 }
 
 
@@ -115,6 +124,12 @@ def _run_command(name: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in _REFUSED_PATHS:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"aroface {name}: {where}{error.strerror}. {_REFUSED_PATHS[error.errno]}", file=sys.stderr)
+        return _USER_ERROR
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -102,10 +102,10 @@ def build_index(
         index.add(np.ascontiguousarray(block))
     effort, rescored, recall = _measured(index, wish, rows, entries, until)
     path = directory / f"index-{generation:08d}.faiss"
-    with atomic_path(path) as temporary:
-        faiss.write_index(index, str(temporary))
-        with temporary.open("ab") as file:
-            file.write(_OWNER_MARK + gallery_id.encode())
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        writer = faiss.PyCallbackIOWriter(file.write)  # type: ignore[attr-defined]  # exported at run time
+        faiss.write_index(index, writer)  # by a path of its own Faiss would not tell a full disk as an OSError
+        file.write(_OWNER_MARK + gallery_id.encode())
     indexed_path = directory / f"indexed-{generation:08d}.npy"
     with atomic_path(indexed_path) as temporary, temporary.open("wb") as file:
         np.save(file, entries.numbers, allow_pickle=False)

@@ -1,6 +1,7 @@
 """`aroface gallery` from build to calibrated search, on a directory and on Milvus Lite."""
 
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,27 @@ def test_the_recall_of_a_gallery_on_milvus(milvus: MilvusPlace, tmp_path: Path, 
     shown = capsys.readouterr().out
     assert "of 50 probes (given)" in shown
     assert "HNSW, M 32, efConstruction 100, ef 16, 1 rescored per place" in shown
+
+
+def test_a_place_that_takes_no_gallery_is_told(tmp_path: Path, parts: str, capsys: Any) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    faces = _write(tmp_path / "faces.npz", slice(0, 40), seed=2)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", faces]) == 0
+    search = ["search", str(tmp_path / "g"), "--probes", faces, "--out"]
+    for arguments, message in [
+        (["build", str(file), "--embeddings", faces], f"{file}: File exists. Something else stands there"),
+        (["build", str(file / "g"), "--embeddings", faces], f"{file / 'g'}: Not a directory. A file stands where"),
+        ([*search, str(file / "r.json")], f"{file}: File exists. Something else stands there"),
+        ([*search, str(tmp_path)], f"{tmp_path}: Is a directory. A folder stands where a file is meant"),
+    ]:
+        assert main(["gallery", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limit[1]))  # the vectors fit, the index beside them does not
+    try:
+        assert main(["gallery", "build", str(tmp_path / "i"), "--embeddings", parts, "--index", "hnsw"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "index-00000001.faiss: File too large. Make room" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "i").iterdir()] == [".lock"]
