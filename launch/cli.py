@@ -6,6 +6,7 @@ Exit code 0: done. 2: something the user can put right, told in one message. 1: 
 import argparse
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -78,6 +79,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, and not always Unicode
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _build_parser()
     if not arguments:

@@ -1,7 +1,10 @@
 """`aroface gallery` from build to calibrated search, on a directory and on Milvus Lite."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 from launch.cli import main
 from retrieval.embedding_files import write_embeddings, write_index
 from retrieval.embeddings import EmbeddingSet
+from retrieval.gallery import Gallery
 from tests.helpers.milvus_places import MilvusPlace, milvus_place
 
 DIM = 16
@@ -173,3 +177,33 @@ def test_a_place_that_takes_no_gallery_is_told(tmp_path: Path, parts: str, capsy
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "index-00000001.faiss: File too large. Make room" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "i").iterdir()] == [".lock"]
+
+
+def test_names_that_are_no_unicode_keep_their_bytes(tmp_path: Path) -> None:
+    names = [b"J\xf6rg", b"\xff\xfe", "J\u00f6rg".encode()]
+    subjects = np.array([os.fsdecode(name) for name in names])
+    keys = np.array([os.fsdecode(name + b"/1.jpg") for name in names])
+    faces = EmbeddingSet(np.eye(3, DIM, dtype=np.float32), subjects, keys=keys)
+    write_embeddings(tmp_path / "e.npz", faces)
+    gallery, found = str(tmp_path / "g"), tmp_path / "r.json"
+    search = ["search", gallery, "--probes", str(tmp_path / "e.npz"), "--top", "1"]
+
+    def run(*arguments: str) -> bytes:
+        command = [sys.executable, "-m", "launch", *arguments]
+        strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "120"}
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, env=strict).stdout
+
+    run("gallery", "build", gallery, "--embeddings", str(tmp_path / "e.npz"))
+    printed = [run("gallery", "info", gallery, "--entries"), run("gallery", *search, "--out", str(found))]
+    assert all(name + b"/1.jpg" in text for text in printed for name in names)
+    searches = json.loads(found.read_text())["searches"]
+    assert [os.fsencode(s["candidates"][0]["subject_id"]) for s in searches] == names
+    protocol = ["evaluate", "identification", "--out", str(tmp_path / "i.json")]
+    for side in ("--gallery", "--probes"):
+        protocol += [side, str(tmp_path / "e.npz")]
+    run(*protocol, "--save-candidates", str(tmp_path / "c.csv"))
+    lines = (tmp_path / "c.csv").read_bytes().splitlines()[1:]
+    assert [line.split(b",")[4] for line in lines if line.split(b",")[1] == b"1"] == names
+    run("report", str(tmp_path / "i.json"), "--out", str(tmp_path / "report"))
+    run("gallery", "remove", gallery, "--entry", keys[0])
+    assert Gallery.open(tmp_path / "g").entries.entry_ids.tolist() == keys[1:].tolist()
