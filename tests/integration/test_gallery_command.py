@@ -207,3 +207,10 @@ def test_names_that_are_no_unicode_keep_their_bytes(tmp_path: Path) -> None:
     run("report", str(tmp_path / "i.json"), "--out", str(tmp_path / "report"))
     run("gallery", "remove", gallery, "--entry", keys[0])
     assert Gallery.open(tmp_path / "g").entries.entry_ids.tolist() == keys[1:].tolist()
+
+
+def test_an_input_contract_in_another_form_is_told(tmp_path: Path, capsys: Any) -> None:
+    faces = EmbeddingSet(np.eye(3, DIM, dtype=np.float32), np.arange(3), metadata={"contract": {"x": 1}})
+    write_embeddings(tmp_path / "e.npz", faces)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", str(tmp_path / "e.npz")]) == 2
+    assert "e.npz: metadata, contract.image_size: Field required" in capsys.readouterr().err
