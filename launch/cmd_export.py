@@ -305,7 +305,9 @@ def _gate(args: argparse.Namespace) -> "AccuracyGate | None":
 
     faces = open_face_set(args.accuracy_set)
     limits = AccuracyLimits(args.max_rank1_drop, args.max_tar_drop, args.max_tpir_drop)
-    return AccuracyGate(rates_on(faces, far=args.far, fpir=args.fpir), str(args.accuracy_set), limits)
+    waived = [name for name in ("tar", "tpir") if getattr(limits, name) >= 1]
+    measure = rates_on(faces, far=args.far, fpir=args.fpir, waived=waived)
+    return AccuracyGate(measure, str(args.accuracy_set), limits)
 
 
 def _print_gates(parity: "ParityReport", accuracy: "AccuracyReport | None", faces_name: str) -> None:

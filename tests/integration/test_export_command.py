@@ -75,6 +75,9 @@ def test_the_gate_of_another_precision_is_reported(
     assert [entry["name"] for entry in report["accuracy"]["metrics"]] == names
     assert all(name in printed for name in names)
     assert all(abs(entry["checkpoint"] - entry["exported"]) <= 0.5 for entry in report["accuracy"]["metrics"])
+    assert main([*command, *GATE, "--fpir", "0.0001"]) == 0  # waived: none of so few strangers may raise an alarm
+    report = json.loads(out.with_name("fp16.onnx.json").read_text())
+    assert [entry["name"] for entry in report["accuracy"]["metrics"]] == names[:2]
 
 
 @pytest.mark.slow
