@@ -131,6 +131,9 @@ def _to_onnx(args: argparse.Namespace) -> int:
 
     if args.checkpoint.suffix == ".onnx":
         raise ConfigError(f"{args.checkpoint} is an ONNX file already; name the checkpoint, or use --to tensorrt.")
+    of_engines = ("batch_profile", "workspace_gib", "timing_cache", "optimisation_level")
+    if ignored := [f"--{name.replace('_', '-')}" for name in of_engines if getattr(args, name) is not None]:
+        raise ConfigError(f"{', '.join(ignored)}: only TensorRT engines have that. Leave it out, or use --to tensorrt.")
     started = time.perf_counter()
     model = load_model(args.checkpoint)
     settings = _onnx_settings(args)
