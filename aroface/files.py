@@ -1,10 +1,12 @@
 """Files that are whole or absent: atomic writes, checksums, refusals to overwrite."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,21 +33,39 @@ _CHUNK_BYTES = 1 << 20
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on error delete it.
 
-    A crash at any moment leaves the old file, the new file, or no file: never a part of one.
+    A crash at any moment leaves the old file, the new file, or no file: never a part of one. An OSError on the way
+    names `path`, not the temporary one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.fchmod(handle, 0o644)
-    os.close(handle)
-    temporary = Path(name)
+    with _naming(path):
+        if path.is_dir():  # before the work, and of `.` the system would say that it is busy
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.fchmod(handle, 0o644)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let the system's errors name `path` where they name no file, or a temporary one beside it."""
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+            error.errno, error.strerror = errno.ENOSPC, f"only a part was taken ({error})"  # NumPy does not tell why
+        is_temporary = os.path.basename(str(error.filename)).startswith(f".{path.name}.")
+        if error.errno is not None and (error.filename is None or is_temporary):
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

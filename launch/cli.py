@@ -4,7 +4,9 @@ Exit code 0: done. 2: something the user can put right, told in one message. 1: 
 """
 
 import argparse
+import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -49,6 +51,14 @@ _SMALLER = {
     "train": "Lower batch.micro_batch (batch.global_batch stays, more steps are accumulated), or set "
     "model.checkpoint_activations=true; `aroface plan CONFIG --gpus N` tells what fits."
 }
+#: Why the system refuses a path that the user has named -> what to do.
+_REFUSED_PATHS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room, or name a path on another disk."),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions, or name another path."),
+    errno.ENOTDIR: "A file stands where a folder is meant; name another path.",
+    errno.EISDIR: "A folder stands where a file is meant; name another path.",
+    errno.EEXIST: "Something else stands there; name another path, or remove it first.",
+}
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -69,6 +79,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, and not always Unicode
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _build_parser()
     if not arguments:
@@ -115,6 +127,12 @@ def _run_command(name: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in _REFUSED_PATHS:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"aroface {name}: {where}{error.strerror}. {_REFUSED_PATHS[error.errno]}", file=sys.stderr)
+        return _USER_ERROR
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

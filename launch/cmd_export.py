@@ -129,6 +129,9 @@ def _to_onnx(args: argparse.Namespace) -> int:
 
     if args.checkpoint.suffix == ".onnx":
         raise ConfigError(f"{args.checkpoint} is an ONNX file already; name the checkpoint, or use --to tensorrt.")
+    of_engines = ("batch_profile", "workspace_gib", "timing_cache", "optimisation_level")
+    if ignored := [f"--{name.replace('_', '-')}" for name in of_engines if getattr(args, name) is not None]:
+        raise ConfigError(f"{', '.join(ignored)}: only TensorRT engines have that. Leave it out, or use --to tensorrt.")
     started = time.perf_counter()
     model = load_model(args.checkpoint)
     settings = _onnx_settings(args)
@@ -303,7 +306,9 @@ def _gate(args: argparse.Namespace) -> "AccuracyGate | None":
 
     faces = open_face_set(args.accuracy_set)
     limits = AccuracyLimits(args.max_rank1_drop, args.max_tar_drop, args.max_tpir_drop)
-    return AccuracyGate(rates_on(faces, far=args.far, fpir=args.fpir), str(args.accuracy_set), limits)
+    waived = [name for name in ("tar", "tpir") if getattr(limits, name) >= 1]
+    measure = rates_on(faces, far=args.far, fpir=args.fpir, waived=waived)
+    return AccuracyGate(measure, str(args.accuracy_set), limits)
 
 
 def _print_gates(parity: "ParityReport", accuracy: "AccuracyReport | None", faces_name: str) -> None:

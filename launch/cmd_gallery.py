@@ -359,13 +359,7 @@ def _usable(parts: "Iterable[EmbeddingSet]", path: Path) -> "Iterator[EmbeddingS
 
 
 def _model(embeddings: "EmbeddingSet") -> _Model:
-    from aroface.contract import InputContract
-
-    contract = embeddings.metadata.get("contract")
-    return {
-        "model_id": embeddings.metadata.get("model_id"),
-        "contract": InputContract.model_validate(contract) if contract is not None else None,
-    }
+    return {"model_id": embeddings.metadata.get("model_id"), "contract": embeddings.contract}
 
 
 def _summary(gallery: "FaceGallery") -> str:

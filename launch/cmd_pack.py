@@ -145,8 +145,8 @@ def print_manifest(manifest: "Manifest", out: Path) -> None:
 
 def _read_identities(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
         raise DataError(f"--identities {path} cannot be read: {error}.") from error
     names = tuple(sorted({line.strip() for line in lines} - {""}))
     if not names:

@@ -132,7 +132,8 @@ def _split_identities(data: Path, out: Path) -> tuple[Path, Path]:
     paths = out / "train-identities.txt", out / "test-identities.txt"
     for path, chosen in zip(paths, ([i for i in identities if i not in test], sorted(test)), strict=True):
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(f"{identity}\n" for identity in chosen), encoding="utf-8")
+            text = "".join(f"{identity}\n" for identity in chosen)
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     return paths
 
 

@@ -1,7 +1,7 @@
 """The rates that the accuracy gate of an export compares, measured on a set of faces."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from aroface.types import Embedder, FaceSet
     from retrieval.embeddings import EmbeddingSet
-    from retrieval.metrics import OperatingPoint
+    from retrieval.metrics import OpenSetPoint, VerificationPoint
 
 __all__ = ["measure_rates", "rates_on"]
 
@@ -24,7 +24,9 @@ _IMPOSTOR_PAIRS = 100_000
 _log = logging.getLogger(__name__)
 
 
-def rates_on(faces: "FaceSet", *, far: float, fpir: float) -> "Callable[[Embedder], Mapping[str, float]]":
+def rates_on(
+    faces: "FaceSet", *, far: float, fpir: float, waived: Collection[str] = ()
+) -> "Callable[[Embedder], Mapping[str, float]]":
     """A function from an embedder to its rates on `faces`: see `measure_rates`."""
     from launch.progress import Progress
     from retrieval.extraction import embed_face_set
@@ -32,12 +34,14 @@ def rates_on(faces: "FaceSet", *, far: float, fpir: float) -> "Callable[[Embedde
     def measure(embedder: "Embedder") -> Mapping[str, float]:
         with Progress(f"Accuracy, {embedder.model_id}", total=len(faces.keys), unit="images") as progress:
             extraction = embed_face_set(embedder, faces, on_progress=progress.update)
-        return measure_rates(extraction.embeddings, far=far, fpir=fpir)
+        return measure_rates(extraction.embeddings, far=far, fpir=fpir, waived=waived)
 
     return measure
 
 
-def measure_rates(embeddings: "EmbeddingSet", *, far: float, fpir: float) -> dict[str, float]:
+def measure_rates(
+    embeddings: "EmbeddingSet", *, far: float, fpir: float, waived: Collection[str] = ()
+) -> dict[str, float]:
     """Rank-1, TAR@FAR and TPIR@FPIR of one set, in [0, 1].
 
     Rank-1: the first image of every identity is the gallery, the others search it. TPIR: every second identity is taken
@@ -48,10 +52,11 @@ def measure_rates(embeddings: "EmbeddingSet", *, far: float, fpir: float) -> dic
         embeddings: in the order of the set, with keys.
         far: wanted false-accept rate.
         fpir: wanted false-positive identification rate.
+        waived: `tar` or `tpir`, which may fall by anything: left out where the set is too small for it.
 
     Raises:
         DataError: nobody has two images, or there is one identity only.
-        ConfigError: the set is too small for a wanted rate.
+        ConfigError: the set is too small for a wanted rate that is not waived.
     """
     from retrieval.metrics import evaluate_identification, evaluate_pairs, pair_scores
 
@@ -69,11 +74,12 @@ def measure_rates(embeddings: "EmbeddingSet", *, far: float, fpir: float) -> dic
     same = np.arange(len(first)) < len(others)
     pairs = evaluate_pairs(pair_scores(embeddings, first, second), same, fars=(far,))
     identified, verified = half.open_set[0], pairs.points[0]
-    return {
+    rates = {
         "rank_1": float(every.ranks[0][1] or 0.0),
-        f"tar@far={far:g}": _existing(verified.tar, verified.point, verified.reason, f"--far {far:g}"),
-        f"tpir@fpir={fpir:g}": _existing(identified.tpir, identified.point, identified.reason, f"--fpir {fpir:g}"),
+        f"tar@far={far:g}": _existing("tar", verified.tar, verified, f"--far {far:g}", waived),
+        f"tpir@fpir={fpir:g}": _existing("tpir", identified.tpir, identified, f"--fpir {fpir:g}", waived),
     }
+    return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 def _split(embeddings: "EmbeddingSet") -> "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]":
@@ -100,15 +106,21 @@ def _impostors(person: "NDArray[np.int64]") -> "tuple[NDArray[np.int64], NDArray
     return left[different], right[different]
 
 
-def _existing(value: float | None, point: "OperatingPoint | None", reason: str | None, option: str) -> float:
-    """The rate, if a false accept at least stands behind it."""
+def _existing(
+    kind: str, value: float | None, found: "VerificationPoint | OpenSetPoint", option: str, waived: Collection[str]
+) -> float | None:
+    """The rate, if a false accept at least stands behind it; None without one where that does not matter."""
     from retrieval.metrics.rules import MIN_SUPPORTED
 
+    point = found.point
     if value is None or point is None or point.k < 1:
-        why = reason or "not one false accept is allowed at that rate"
+        why = found.reason or "not one false accept is allowed at that rate"
+        if kind in waived:
+            _log.warning("%s does not exist on the accuracy set (%s); %s is left out, as waived.", option, why, kind)
+            return None
         raise ConfigError(
-            f"{option} does not exist on the accuracy set ({why}); name a larger set with --accuracy-set, or a higher "
-            "rate."
+            f"{option} does not exist on the accuracy set ({why}); name a larger set with --accuracy-set, a higher "
+            f"rate, or waive it (--max-{kind}-drop 1)."
         )
     if point.k < MIN_SUPPORTED:
         _log.warning(

@@ -58,8 +58,14 @@ def write_candidates(
     similarity: Similarity = "cosine",
     blocks: BlockMaker | None = None,
 ) -> None:
-    """Write the lists of one or two galleries as CSV, atomically; `set` is 1 or 2."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    """Write the lists of one or two galleries as CSV, atomically; `set` is 1 or 2.
+
+    Names that are no Unicode keep their bytes.
+    """
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         table = csv.writer(file, lineterminator="\n")
         table.writerow(HEADER)
         for number, gallery in enumerate(galleries, start=1):

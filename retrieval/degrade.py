@@ -63,7 +63,7 @@ ALIGNED = Misalignment()
 
 def generator_for(task: str, key: str, trial: int = 0) -> np.random.Generator:
     """Random numbers that belong to one image of one task; equal on every machine."""
-    digest = hashlib.sha256(f"{task}\0{key}\0{trial}".encode()).digest()
+    digest = hashlib.sha256(f"{task}\0{key}\0{trial}".encode("utf-8", "surrogateescape")).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 

@@ -203,4 +203,7 @@ def _metadata(path: Path, text: NDArray[Any]) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise DataError(f"{path}: metadata is a JSON {type(found).__name__}; it must be an object, or be left out.")
+    for key, kind, name in (("model_id", str, "a string"), ("contract", dict, "an object")):
+        if not isinstance(found.get(key), kind | None):
+            raise DataError(f"{path}: metadata, {key} is {found[key]!r:.60}; it must be {name}, or be left out.")
     return found

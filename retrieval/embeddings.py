@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from aroface.contract import InputContract
 from aroface.errors import DataError
 
 __all__ = ["OPTIONAL_COLUMNS", "EmbeddingSet", "concatenate"]
@@ -47,14 +49,7 @@ class EmbeddingSet:
                     f"{self.name}: {key} has shape {array.shape}; {len(values)} embeddings need "
                     f"{' or '.join(map(str, allowed))}."
                 )
-        if self.subject_ids.dtype.kind not in "iuUS":
-            raise DataError(
-                f"{self.name}: subject_ids are {self.subject_ids.dtype}; integers or fixed-width strings are allowed."
-            )
-        if self.keys is not None and self.keys.dtype.kind != "U":
-            raise DataError(f"{self.name}: keys are {self.keys.dtype}; names of images are strings.")
-        if self.fte is not None and self.fte.dtype != np.bool_:
-            raise DataError(f"{self.name}: fte is {self.fte.dtype}; it must be bool.")
+        self._check_types()
         bad = np.flatnonzero(~np.isfinite(values).all(1) & ~self._marked)
         if len(bad):
             raise DataError(
@@ -62,6 +57,27 @@ class EmbeddingSet:
                 "fte = True, or mend the model."
             )
         self._check_sureness()
+
+    def _check_types(self) -> None:
+        if self.subject_ids.dtype.kind not in "iuUS":
+            raise DataError(
+                f"{self.name}: subject_ids are {self.subject_ids.dtype}; integers or fixed-width strings are allowed."
+            )
+        for key in ("subject_ids", "template_ids", "media_ids"):
+            array = getattr(self, key)
+            if array is not None and array.dtype.kind == "S" and not b"".join(array.tolist()).isascii():
+                raise DataError(
+                    f"{self.name}: {key} are bytes beyond ASCII, in a coding that nobody knows. Decode them and save "
+                    "them as text."
+                )
+        if self.keys is not None and self.keys.dtype.kind != "U":
+            raise DataError(f"{self.name}: keys are {self.keys.dtype}; names of images are strings.")
+        if self.fte is not None and self.fte.dtype != np.bool_:
+            raise DataError(f"{self.name}: fte is {self.fte.dtype}; it must be bool.")
+        for key in ("det_scores", "qualities", "variances"):
+            array = getattr(self, key)
+            if array is not None and array.dtype.kind not in "iuf":
+                raise DataError(f"{self.name}: {key} are {array.dtype}; numbers, such as float32, are allowed.")
 
     def _check_sureness(self) -> None:
         used = ~self._marked
@@ -76,6 +92,24 @@ class EmbeddingSet:
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @property
+    def contract(self) -> InputContract | None:
+        """What the model sees, where the metadata tell it.
+
+        Raises:
+            DataError: in another form.
+        """
+        found = self.metadata.get("contract")
+        try:
+            return None if found is None else InputContract.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ("contract", *first["loc"])))
+            raise DataError(
+                f"{self.name}: metadata, {where}: {first['msg']}. An input contract is like "
+                '{"image_size": 112, "colour_order": "rgb"}; mend it, or leave it out.'
+            ) from error
 
     @cached_property
     def enrolled(self) -> NDArray[np.bool_]:

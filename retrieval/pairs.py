@@ -34,7 +34,7 @@ def read_index_pairs(path: Path, *, num_rows: int) -> tuple[NDArray[np.int64], N
         raise DataError(f"{path} begins with {header.strip()!r}; a pair list begins with {_HEADER!r}.")
     try:
         rows = np.array([line.split(",") for line in body.splitlines() if line.strip()], np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise _malformed(path, body) from error
     if rows.ndim != 2:
         raise DataError(f"{path} lists no pairs.")
@@ -53,6 +53,15 @@ def read_index_pairs(path: Path, *, num_rows: int) -> tuple[NDArray[np.int64], N
 def _malformed(path: Path, body: str) -> DataError:
     for number, line in enumerate(body.splitlines(), start=2):
         parts = line.split(",")
-        if line.strip() and (len(parts) != 3 or not all(p.strip().lstrip("-").isdigit() for p in parts)):
-            return DataError(f"{path}, line {number}: {line!r} is not index_a,index_b,label in whole numbers.")
+        if line.strip() and (len(parts) != 3 or not all(map(_is_whole, parts))):
+            return DataError(
+                f"{path}, line {number}: {line!r} is not index_a,index_b,label in whole numbers, of 64 bits at most."
+            )
     return DataError(f"{path} is not a list of index_a,index_b,label.")
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        return abs(int(text)) < 1 << 63
+    except ValueError:
+        return False

@@ -98,11 +98,17 @@ def _load(path: Path) -> Any:
                 "load it once where it was made and save the weights alone: "
                 "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')."
             ) from error
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{path} is not a weight file that torch.save or safetensors wrote ({reason}). Fetch the file again; an "
-            "ONNX or TorchScript file cannot be imported."
+            f"{path} is not a weight file that torch.save or safetensors wrote ({_reason(error)}). Fetch the file "
+            "again; an ONNX or TorchScript file cannot be imported."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch found wrong, without its advice to load the file unrestrictedly, which runs what the file says."""
+    message = " ".join(str(error).split())
+    found = message.partition("WeightsUnpickler error: ")[2] or message
+    return re.split(r" ?(?:In PyTorch 2\.6|Check the documentation)", found)[0][:200] or "it ends too early"
 
 
 def _offending(path: Path, message: str) -> list[str]:

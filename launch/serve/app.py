@@ -124,7 +124,7 @@ def _add_state(app: FastAPI, service: FaceService) -> None:
         """What is searched, and with what."""
         info = service.gallery.info
         return GalleryState(
-            name=info.name,
+            name=_as_unicode(info.name),
             entries=info.count,
             subjects=info.num_subjects,
             dimension=info.dimension,
@@ -212,11 +212,16 @@ def _meaning(found: Found, level: str, entries: int, *, is_calibrated: bool) -> 
     return f"{meaning} (uncertain: {doubts})" if doubts else meaning
 
 
+def _as_unicode(name: str) -> str:
+    """A name as JSON can carry it; of a file whose name is no Unicode, such bytes are spelt out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _match(found: Found, meaning: str) -> Match:
     return Match(
         rank=found.candidate.rank,
-        subject_id=found.candidate.subject_id,
-        entry_id=found.candidate.entry_id,
+        subject_id=_as_unicode(found.candidate.subject_id),
+        entry_id=_as_unicode(found.candidate.entry_id),
         score=found.candidate.score,
         fpir=None if found.point is None else found.point.fpir,
         meaning=meaning,

@@ -35,11 +35,16 @@ class YuNet:
     def __init__(self, model: Path, *, min_score: float = 0.8) -> None:
         if not model.is_file():
             raise ConfigError(f"--detector {model} does not exist; name a YuNet .onnx file of the OpenCV model zoo.")
+        self._lock = threading.Lock()  # the input size is state of the detector
         try:
             self._detector = cv2.FaceDetectorYN.create(str(model), "", (320, 320), score_threshold=min_score)
+            self._look(np.zeros((320, 320, 3), np.uint8))  # OpenCV loads any network, and misses its outputs only here
         except cv2.error as error:
-            raise ConfigError(f"--detector {model} cannot be loaded as a YuNet model: {error.err}.") from error
-        self._lock = threading.Lock()  # the input size is state of the detector
+            reason = " ".join(error.err.split())
+            raise ConfigError(
+                f"--detector {model} is no YuNet model that OpenCV runs ({reason}); name a "
+                "face_detection_yunet_*.onnx of the OpenCV model zoo."
+            ) from error
 
     def detect(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """(H, W, 3) uint8 RGB to (F, 5, 2) landmarks in the template's order, best face first."""

@@ -12,7 +12,7 @@ from aroface.errors import DataError
 from retrieval.embeddings import EmbeddingSet
 from retrieval.gallery import segments
 from retrieval.gallery.segments import Batch, Entries, Segment
-from retrieval.gallery.store import Manifest, check_new, is_gallery, read_manifest
+from retrieval.gallery.store import Manifest, check_new, files_of_unknown_state, is_gallery, read_manifest
 from retrieval.gallery.vectors import as_unit, check_embeddings, check_ids, lengths, listed
 
 __all__ = [
@@ -91,18 +91,23 @@ def _chained(first: Part, others: Iterable[Part]) -> Iterator[Part]:
     yield from others
 
 
-def replaced(directory: Path, replace: bool) -> Manifest | None:
-    """The manifest of the gallery whose place a new one takes.
+def replaced(directory: Path, replace: bool) -> tuple[int, set[str]]:
+    """The generation of a new gallery in a directory, and the files that stay until it is whole.
 
     Raises:
-        DataError: there is one and it should stay, or the directory holds something else.
+        DataError: there is a gallery and it should stay, or the directory holds something else.
     """
     if not is_gallery(directory):
         check_new(directory)
-        return None
+        return 1, set()
     if not replace:
         raise DataError(f"Gallery {directory} exists already. Add to it, name another one, or replace it (--replace).")
-    return read_manifest(directory)
+    try:
+        old = read_manifest(directory)
+    except DataError:  # damaged: which files are valid is unknown, so all of them stay
+        newest, names = files_of_unknown_state(directory)
+        return newest + 1, names
+    return old.generation + 1, old.file_names
 
 
 def opened(directory: Path, manifest: Manifest, known: Sequence[Segment] = ()) -> tuple[Manifest, tuple[Segment, ...]]:

@@ -132,7 +132,7 @@ class Gallery(FaceGallery):
         """Make a gallery of (N, D) embeddings of any length; they are normalised.
 
         Args:
-            directory: a new or empty one; or, with `replace`, an existing gallery.
+            directory: a new or empty one; or, with `replace`, an existing gallery, damaged or not.
             embeddings: (N, D), N at least 1.
             subject_ids: (N,) who each one is; kept as text.
             entry_ids: (N,) unique names of the entries, kept as text; default 0, 1, 2, ...
@@ -185,10 +185,10 @@ class Gallery(FaceGallery):
         wish = index if isinstance(index, IndexWish) else IndexWish(index)
         directory.mkdir(parents=True, exist_ok=True)
         with write_lock(directory):
-            old = replaced(directory, replace)
+            generation, keep = replaced(directory, replace)
             empty = new_manifest(
                 uuid.uuid4().hex,
-                generation=old.generation + 1 if old else 1,
+                generation=generation,
                 dimension=first.embeddings.shape[1],
                 index=wish.kind,
                 model_id=model_id,
@@ -200,7 +200,7 @@ class Gallery(FaceGallery):
                 built = cls(directory, *opened(directory, empty.model_copy(update={"segments": segments})))
                 manifest = built._indexed(counted(built.manifest, built.entries), wish)
             except BaseException:
-                remove_unreferenced(directory, old)
+                remove_unreferenced(directory, keep)
                 raise
             replace_manifest(directory, manifest)
         return cls.open(directory, verify=False)
@@ -380,7 +380,7 @@ class Gallery(FaceGallery):
                 state = opened(self.directory, manifest.model_copy(update={"index_record": None}), self._segments)
                 manifest = type(self)(self.directory, *state)._indexed(state[0], wish)
         except BaseException:
-            remove_unreferenced(self.directory, self.manifest)
+            remove_unreferenced(self.directory, self.manifest.file_names)
             raise
         replace_manifest(self.directory, manifest)
         changed = self.latest()

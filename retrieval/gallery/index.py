@@ -25,7 +25,7 @@ from retrieval.gallery.records import IndexKind, Recall
 from retrieval.gallery.search import Request, search_source
 from retrieval.gallery.segments import Entries, Rows
 from retrieval.gallery.sources import FlatSource, IndexedSource, TrackedIndex
-from retrieval.gallery.store import FileRecord, IndexRecord, Manifest, check_file, record_of
+from retrieval.gallery.store import RESTORE, FileRecord, IndexRecord, Manifest, check_file, record_of
 
 __all__ = ["build_index", "factory_of", "open_index"]
 
@@ -102,10 +102,10 @@ def build_index(
         index.add(np.ascontiguousarray(block))
     effort, rescored, recall = _measured(index, wish, rows, entries, until)
     path = directory / f"index-{generation:08d}.faiss"
-    with atomic_path(path) as temporary:
-        faiss.write_index(index, str(temporary))
-        with temporary.open("ab") as file:
-            file.write(_OWNER_MARK + gallery_id.encode())
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        writer = faiss.PyCallbackIOWriter(file.write)  # type: ignore[attr-defined]  # exported at run time
+        faiss.write_index(index, writer)  # by a path of its own Faiss would not tell a full disk as an OSError
+        file.write(_OWNER_MARK + gallery_id.encode())
     indexed_path = directory / f"indexed-{generation:08d}.npy"
     with atomic_path(indexed_path) as temporary, temporary.open("wb") as file:
         np.save(file, entries.numbers, allow_pickle=False)
@@ -143,11 +143,11 @@ def open_index(directory: Path, manifest: Manifest) -> TrackedIndex:
     except (RuntimeError, ValueError, OSError) as error:
         if not path.exists():  # a writer was faster; Faiss has no error of its own for that
             raise FileNotFoundError(path) from error
-        raise DataError(f"{path} cannot be read: {error}. Make it again with `aroface gallery compact`.") from error
+        raise DataError(f"{path} cannot be read: {error}. {RESTORE}") from error
     if (index.ntotal, index.d, len(numbers)) != (record.rows, dimension, record.rows):
         raise DataError(
             f"{path} holds {index.ntotal} vectors of {index.d} dimensions, where the manifest says {record.rows} of "
-            f"{dimension}. Make it again with `aroface gallery compact`."
+            f"{dimension}. {RESTORE}"
         )
     return _tracked(index, numbers, manifest.index, record.effort, record.rescored)
 
@@ -158,10 +158,7 @@ def _check_owner(path: Path, gallery_id: str, record: FileRecord) -> None:
         file.seek(max(0, record.bytes - len(mark)))
         found = file.read()
     if found != mark:
-        raise DataError(
-            f"{path} is the index of another gallery. Restore the right one, or make it again with `aroface gallery "
-            "compact`."
-        )
+        raise DataError(f"{path} is the index of another gallery. {RESTORE}")
 
 
 def _tracked(index: Any, numbers: NDArray[np.int64], kind: IndexKind, effort: int, rescored: int) -> TrackedIndex:

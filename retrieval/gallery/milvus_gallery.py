@@ -224,8 +224,9 @@ class MilvusGallery(FaceGallery):
         check_embeddings(embeddings, self._dimension)
         numbers = time.time_ns() + np.arange(len(embeddings))  # ascending without asking the other writers
         names = np.asarray(self._free_names(len(embeddings)) if entry_ids is None else entry_ids).astype(np.str_)
+        _check_ids_for_milvus(np.append(names, np.asarray(subject_ids).astype(np.str_)))
         taken = [] if upsert else self._stored("entry_id", names.ravel().tolist())
-        subjects, names = _checked_ids(subject_ids, names, len(embeddings), taken)
+        subjects, names = check_ids(subject_ids, names, len(embeddings), taken)
         norms = lengths(embeddings)
         step = max(1, _MESSAGE_BYTES // (4 * self._dimension))
         send = self._client.upsert if upsert else self._client.insert
@@ -383,12 +384,14 @@ class MilvusGallery(FaceGallery):
         return self
 
 
-def _checked_ids(
-    subject_ids: ArrayLike, entry_ids: ArrayLike, count: int, taken: Collection[str]
-) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
-    """As `check_ids`; what is too long for Milvus is refused, too."""
-    subjects, names = check_ids(subject_ids, entry_ids, count, taken)
-    too_long = [name for name in (*names.tolist(), *subjects.tolist()) if len(name.encode()) > MAX_ID]
+def _check_ids_for_milvus(ids: NDArray[np.str_]) -> None:
+    """Refuse ids that are no Unicode, as names of files may be, and those that are too long."""
+    try:
+        too_long = [name for name in ids.tolist() if len(name.encode()) > MAX_ID]
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The id {error.object!r} is no Unicode, which Milvus needs. Rename the file and embed again, or keep the "
+            "gallery in a directory."
+        ) from error
     if too_long:
         raise DataError(f"Ids {listed(too_long)} are longer than {MAX_ID} bytes, which Milvus does not take.")
-    return subjects, names

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from aroface.errors import DataError
 from aroface.files import atomic_path
-from retrieval.gallery.store import Manifest, SegmentRecord, check_file, read_manifest, record_of
+from retrieval.gallery.store import RESTORE, Manifest, SegmentRecord, check_file, read_manifest, record_of
 
 __all__ = [
     "SEGMENT_ROWS",
@@ -97,12 +97,12 @@ class Segment:
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            raise DataError(f"Gallery {directory} cannot be read: {error}. Build it again.") from error
+            raise DataError(f"Gallery {directory} cannot be read: {error}. {RESTORE}") from error
         shape = (record.rows, dimension)
         if embeddings.shape != shape or embeddings.dtype != np.float32 or len(entries) != record.rows:
             raise DataError(
                 f"{embeddings_path} holds {embeddings.dtype} {embeddings.shape} embeddings and {len(entries)} entries, "
-                f"where the manifest says float32 {shape}. Build the gallery again."
+                f"where the manifest says float32 {shape}. {RESTORE}"
             )
         return cls(directory, record, embeddings, entries)
 
@@ -195,9 +195,7 @@ def read_state(
         except FileNotFoundError as error:
             newer = read_manifest(directory)
             if newer.generation == manifest.generation:
-                raise DataError(
-                    f"Gallery {directory}: {error.filename} is missing. Restore it from a copy, or build it again."
-                ) from error
+                raise DataError(f"Gallery {directory}: {error.filename} is missing. {RESTORE}") from error
             manifest = newer
 
 

@@ -17,7 +17,7 @@ they opened, and start over when a writer replaced the manifest meanwhile.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from aroface.locks import try_lock
 from retrieval.gallery.records import Calibration, IndexKind, Recall
 
 __all__ = [
+    "RESTORE",
     "FileRecord",
     "GalleryBusyError",
     "IndexRecord",
@@ -38,6 +39,7 @@ __all__ = [
     "SegmentRecord",
     "check_file",
     "check_new",
+    "files_of_unknown_state",
     "is_gallery",
     "new_manifest",
     "read_manifest",
@@ -48,12 +50,14 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 3
-_RESTORE = "Restore it from a copy, or build the gallery again."
+#: What to do about damage: a gallery that cannot be opened can still be replaced.
+RESTORE = "Restore it from a copy, or build the gallery again with `aroface gallery build --replace`."
 MANIFEST_NAME = "manifest.json"
 
 _CHECKSUM = "sha256"
 _LOCK_NAME = ".lock"
 _DATA_FILE = r"(embeddings|entries|index|indexed)-\d{8}(-\d{4,})?\.(npy|npz|faiss)"
+_GENERATION = re.compile(r"(?<=-)\d{8}")
 _OWN_FILE = re.compile(rf"{_DATA_FILE}|\.({_DATA_FILE}|manifest\.json)\..+\.tmp")
 
 
@@ -170,7 +174,7 @@ def replace_manifest(directory: Path, manifest: Manifest) -> None:
     """Make `manifest` the state of `directory`, then delete the files it does not name. The caller holds the lock."""
     value = manifest.model_dump(mode="json")
     write_json(directory / MANIFEST_NAME, {**value, _CHECKSUM: _checksum(value)})
-    remove_unreferenced(directory, manifest)
+    remove_unreferenced(directory, manifest.file_names)
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
@@ -178,9 +182,8 @@ def _checksum(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def remove_unreferenced(directory: Path, manifest: Manifest | None) -> None:
-    """Delete data files of other states, and what a crash left. The caller holds the lock."""
-    keep = manifest.file_names if manifest else set()
+def remove_unreferenced(directory: Path, keep: Collection[str]) -> None:
+    """Delete data files of other states than the one to keep, and what a crash left. The caller holds the lock."""
     for path in directory.iterdir():
         if path.name not in keep and _OWN_FILE.fullmatch(path.name):
             path.unlink()
@@ -192,11 +195,29 @@ def check_new(directory: Path) -> None:
     Raises:
         DataError: `directory` holds something that is not a remainder of an interrupted build.
     """
-    foreign = [p.name for p in directory.iterdir() if p.name != _LOCK_NAME and not _OWN_FILE.fullmatch(p.name)]
-    if foreign:
+    if foreign := _foreign(directory):
+        raise DataError(f"{directory} holds other files ({', '.join(foreign[:3])}); name a new or an empty directory.")
+
+
+def files_of_unknown_state(directory: Path) -> tuple[int, set[str]]:
+    """The highest generation and all data files of a gallery whose manifest cannot be read.
+
+    Raises:
+        DataError: `directory` is no gallery: it holds other files beside its manifest, or nothing.
+    """
+    names = {path.name for path in directory.iterdir() if _OWN_FILE.fullmatch(path.name)}
+    foreign = [name for name in _foreign(directory) if name != MANIFEST_NAME]
+    if foreign or not names:
+        found = f"other files ({', '.join(foreign[:3])})" if foreign else "no data of one"
         raise DataError(
-            f"{directory} holds other files ({', '.join(sorted(foreign)[:3])}); name a new or an empty directory."
+            f"{directory} cannot be replaced: its {MANIFEST_NAME} is not that of a gallery, and beside it are {found}. "
+            "Name another directory, or delete this one if nothing in it is needed."
         )
+    return max((int(found[0]) for found in map(_GENERATION.search, names) if found), default=0), names
+
+
+def _foreign(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if p.name != _LOCK_NAME and not _OWN_FILE.fullmatch(p.name))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -210,14 +231,15 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         value = read_json(directory / MANIFEST_NAME)
     except DataError as error:
-        raise DataError(f"{error} The gallery's manifest is damaged: {_RESTORE}") from error
+        raise DataError(f"{error} The gallery's manifest is damaged: {RESTORE}") from error
     version = value.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(
-            f"Gallery {directory} has format_version {version}; this aroface reads {FORMAT_VERSION}. Build it again."
+            f"Gallery {directory} has format_version {version}; this aroface reads {FORMAT_VERSION}. Build it again "
+            "with `aroface gallery build --replace`."
         )
     if value.pop(_CHECKSUM, None) != _checksum(value):
-        raise DataError(f"{directory / MANIFEST_NAME} is damaged: its checksum is not that of what it says. {_RESTORE}")
+        raise DataError(f"{directory / MANIFEST_NAME} is damaged: its checksum is not that of what it says. {RESTORE}")
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:
@@ -238,7 +260,6 @@ def check_file(directory: Path, record: FileRecord, *, verify: bool) -> Path:
     path = directory / record.name
     if path.stat().st_size != record.bytes or (verify and sha256_of(path) != record.sha256):
         raise DataError(
-            f"{path} is damaged or of another gallery: its length or checksum is not what the manifest says. Restore "
-            "it, or build the gallery again."
+            f"{path} is damaged or of another gallery: its length or checksum is not what the manifest says. {RESTORE}"
         )
     return path

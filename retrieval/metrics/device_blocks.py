@@ -1,9 +1,10 @@
 """Scores of probes against a gallery on one GPU or several, the same as on the CPU.
 
 The gallery is dealt out to the devices in stretches of columns, in float64; every block of probes goes to all of them,
-and counts come back, with the few pairs that are too near to a level to be counted. Lists of nearest entries would not do here: the rank of a
-mate may be the last one, and ties may be as many as there are entries. And float64 rather than float32: next to nothing
-is so near to a level that it is computed again (`score_blocks.py`), where float32 would leave one pair of a thousand.
+and counts come back, with the few pairs that are too near to a level to be counted. Lists of nearest entries would not
+do here: the rank of a mate may be the last one, and ties may be as many as there are entries. And float64 rather than
+float32: next to nothing is so near to a level that it is computed again (`score_blocks.py`), where float32 would leave
+one pair of a thousand.
 A100, H100 and H200 multiply float64, in tensor cores, as fast as they do float32.
 
 Legend: P probes, G gallery entries, D embedding dimension, R probes of a block, n pairs.

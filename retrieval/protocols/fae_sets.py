@@ -40,7 +40,8 @@ class FaeSet:
             return self
         keys = np.full(count, "", self.probes.keys.dtype)
         keys[self.probes.template[::-1]] = self.probes.keys[::-1]
-        order = sorted(range(count), key=lambda t: hashlib.sha256(str(keys[t]).encode()).digest())
+        hashes = [hashlib.sha256(str(key).encode("utf-8", "surrogateescape")).digest() for key in keys]
+        order = sorted(range(count), key=hashes.__getitem__)
         chosen = np.array(sorted(order[:most]), np.int64)
         probes = self.probes.take(chosen)
         if self.pairs is None:

@@ -188,7 +188,7 @@ def _identify(gallery: EmbeddingSet, probes: EmbeddingSet, *, size_px: int | Non
 
 def _left_out(subject_ids: NDArray[Any]) -> list[str]:
     def hashed(name: str) -> bytes:
-        return hashlib.sha256(f"{_TASK}/open-set/{name}".encode()).digest()
+        return hashlib.sha256(f"{_TASK}/open-set/{name}".encode("utf-8", "surrogateescape")).digest()
 
     names = sorted(set(map(str, subject_ids)), key=hashed)
     return names[: len(names) // 2]

@@ -56,7 +56,7 @@ def write_report(inputs: ReportInputs, out: Path, *, title: str = "Face recognit
     pages = {"report.md": render_markdown(document), "report.html": render_html(document, drawings)}
     for name, text in pages.items():
         with atomic_path(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no Unicode
     write_json(out / "results.json", {"title": title, "results": [dict(record) for record in inputs.results]})
     return [out / "report.html", out / "report.md"]
 

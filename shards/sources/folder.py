@@ -26,9 +26,8 @@ class FolderSource:
                 found = entry_of_path(name if prefix == "." else f"{prefix}/{name}", source=str(self._root))
                 if found is not None:
                     identity, image, folder = found
-                    status = os.stat(os.path.join(directory, name))
-                    check = (status.st_mtime_ns ^ status.st_mtime_ns >> 32) & 0xFFFFFFFF
-                    yield Entry(identity, image, folder, 0, status.st_size, check)
+                    length, check = _length_and_check(os.path.join(directory, name))
+                    yield Entry(identity, image, folder, 0, length, check)
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of one image file."""
@@ -37,6 +36,15 @@ class FolderSource:
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _length_and_check(path: str) -> tuple[int, int]:
+    """Zeros for what is not there, such as the end of a broken link: `read` tells, as of any unreadable image."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_size, (status.st_mtime_ns ^ status.st_mtime_ns >> 32) & 0xFFFFFFFF
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:

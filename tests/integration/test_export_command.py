@@ -75,6 +75,9 @@ def test_the_gate_of_another_precision_is_reported(
     assert [entry["name"] for entry in report["accuracy"]["metrics"]] == names
     assert all(name in printed for name in names)
     assert all(abs(entry["checkpoint"] - entry["exported"]) <= 0.5 for entry in report["accuracy"]["metrics"])
+    assert main([*command, *GATE, "--fpir", "0.0001"]) == 0  # waived: none of so few strangers may raise an alarm
+    report = json.loads(out.with_name("fp16.onnx.json").read_text())
+    assert [entry["name"] for entry in report["accuracy"]["metrics"]] == names[:2]
 
 
 @pytest.mark.slow
@@ -173,6 +176,9 @@ def test_the_exporter_prints_nothing_of_its_own(tmp_path: Path) -> None:
         (["run", "--out", "m.onnx", "--max-tar-drop", "-1"], "is not a difference of rates"),
         (["m.onnx", "--out", "n.onnx"], "is an ONNX file already"),
         (["run", "--out", "m.engine", "--to", "tensorrt", "--batch-profile", "8,4,2"], "such as 1,32,64"),
+        (["run", "--out", "m.onnx", "--batch-profile", "1,2,4", "--timing-cache", "c"], "--batch-profile, --timing-c"),
+        (["run", "--out", "m.onnx", "--workspace-gib", "2"], "--workspace-gib: only TensorRT engines have that"),
+        (["run", "--out", "m.onnx", "--optimisation-level", "0"], "Leave it out, or use --to tensorrt"),
         (["run", "--out", "m.onnx", "--faces", "nowhere"], "nowhere"),
     ],
 )

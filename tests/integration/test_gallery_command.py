@@ -1,6 +1,10 @@
 """`aroface gallery` from build to calibrated search, on a directory and on Milvus Lite."""
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pytest
 from launch.cli import main
 from retrieval.embedding_files import write_embeddings, write_index
 from retrieval.embeddings import EmbeddingSet
+from retrieval.gallery import Gallery
 from tests.helpers.milvus_places import MilvusPlace, milvus_place
 
 DIM = 16
@@ -187,3 +192,61 @@ def test_calibrate_counts_failed_rows_and_says_so(
     assert "30 rows failed to enrol; they count" in caplog.text
     assert main(["gallery", "calibrate", str(tmp_path / "g"), "--probes", strangers, "--fpir", "0.8"]) == 2
     assert "Ask for a lower rate" in capsys.readouterr().err
+
+
+def test_a_place_that_takes_no_gallery_is_told(tmp_path: Path, parts: str, capsys: Any) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    faces = _write(tmp_path / "faces.npz", slice(0, 40), seed=2)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", faces]) == 0
+    for arguments, message in [
+        (["build", str(file), "--embeddings", faces], f"{file}: File exists. Something else stands there"),
+        (["build", str(file / "g"), "--embeddings", faces], f"{file / 'g'}: Not a directory. A file stands where"),
+    ]:
+        assert main(["gallery", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limit[1]))  # the vectors fit, the index beside them does not
+    try:
+        assert main(["gallery", "build", str(tmp_path / "i"), "--embeddings", parts, "--index", "hnsw"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "index-00000001.faiss: File too large. Make room" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "i").iterdir()] == [".lock"]
+
+
+def test_names_that_are_no_unicode_keep_their_bytes(tmp_path: Path) -> None:
+    names = [b"J\xf6rg", b"\xff\xfe", "J\u00f6rg".encode()]
+    subjects = np.array([os.fsdecode(name) for name in names])
+    keys = np.array([os.fsdecode(name + b"/1.jpg") for name in names])
+    faces = EmbeddingSet(np.eye(3, DIM, dtype=np.float32), subjects, keys=keys)
+    write_embeddings(tmp_path / "e.npz", faces)
+    gallery, found = str(tmp_path / "g"), tmp_path / "r.json"
+    search = ["search", gallery, "--probes", str(tmp_path / "e.npz"), "--top", "1"]
+
+    def run(*arguments: str) -> bytes:
+        command = [sys.executable, "-m", "launch", *arguments]
+        strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "120"}
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, env=strict).stdout
+
+    run("gallery", "build", gallery, "--embeddings", str(tmp_path / "e.npz"))
+    printed = [run("gallery", "info", gallery, "--entries"), run("gallery", *search, "--out", str(found))]
+    assert all(name + b"/1.jpg" in text for text in printed for name in names)
+    searches = json.loads(found.read_text())["searches"]
+    assert [os.fsencode(s["candidates"][0]["subject_id"]) for s in searches] == names
+    protocol = ["evaluate", "identification", "--out", str(tmp_path / "i.json")]
+    for side in ("--gallery", "--probes"):
+        protocol += [side, str(tmp_path / "e.npz")]
+    run(*protocol, "--save-candidates", str(tmp_path / "c.csv"))
+    lines = (tmp_path / "c.csv").read_bytes().splitlines()[1:]
+    assert [line.split(b",")[4] for line in lines if line.split(b",")[1] == b"1"] == names
+    run("report", str(tmp_path / "i.json"), "--out", str(tmp_path / "report"))
+    run("gallery", "remove", gallery, "--entry", keys[0])
+    assert Gallery.open(tmp_path / "g").entries.entry_ids.tolist() == keys[1:].tolist()
+
+
+def test_an_input_contract_in_another_form_is_told(tmp_path: Path, capsys: Any) -> None:
+    faces = EmbeddingSet(np.eye(3, DIM, dtype=np.float32), np.arange(3), metadata={"contract": {"x": 1}})
+    write_embeddings(tmp_path / "e.npz", faces)
+    assert main(["gallery", "build", str(tmp_path / "g"), "--embeddings", str(tmp_path / "e.npz")]) == 2
+    assert "e.npz: metadata, contract.image_size: Field required" in capsys.readouterr().err

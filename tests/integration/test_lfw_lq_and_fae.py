@@ -124,6 +124,18 @@ def test_fae_falls_from_the_clean_value_and_keeps_both_policies() -> None:
     assert shift["nme"] == pytest.approx(12 / 35.23774, rel=1e-5)
 
 
+def test_names_that_are_no_unicode_are_measured_like_others() -> None:
+    faces = Patterns(identities=4, singles=0)
+    faces.keys = [key.replace("p0", "\udcff") for key in faces.keys]  # what Python makes of the byte 0xff
+    faces.identities = [name.replace("p0", "\udcff") for name in faces.identities]
+    pairs, seen = draw_pairs(faces.identities), []
+    settings = LfwLqSettings(sizes_px=(40,))
+    degraded = evaluate_lfw_lq(PixelEmbedder(), faces, settings, pairs=pairs, on_progress=seen.append)
+    assert degraded["conditions"]["40px"]["counts"]["probes"] == 8
+    moved = evaluate_fae(PixelEmbedder(), faces, FaeSettings(subset=5, trials=1), on_progress=seen.append)
+    assert moved["counts"]["probes"] == 5
+
+
 def test_sets_that_cannot_be_searched_are_explained() -> None:
     settings = LfwLqSettings()
     with pytest.raises(DataError, match="has two images: nobody is left to search for"):

@@ -1,6 +1,7 @@
 """The quick start: its whole chain on a handful of faces, and its answers to bad input."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from aroface.images import encode_jpeg
 from launch.cli import main
-from launch.cmd_quickstart import _own_config
+from launch.cmd_quickstart import _own_config, _split_identities
+from shards.manifest import read_identities
 from tests.helpers.face_folders import write_faces
 
 TINY = [
@@ -68,6 +70,16 @@ def test_existing_output_folder_is_never_overwritten(tmp_path, drawn_faces, caps
     (out / "precious.txt").write_text("keep me")
     assert "exists already and is not empty" in refused(capsys, "--data", drawn_faces, "--out", out)
     assert (out / "precious.txt").read_text() == "keep me"
+
+
+def test_names_that_are_no_unicode_are_split_and_packed(tmp_path):
+    faces = write_faces(tmp_path / "faces", {os.fsdecode(b"\xff%d" % i): 1 for i in range(4)})
+    lists = _split_identities(faces, tmp_path)
+    for path in lists:
+        out = tmp_path / path.stem
+        assert main(["pack", str(faces), str(out), "--identities", str(path), "--workers", "1"]) == 0
+        assert [os.fsencode(one.name) for one in read_identities(out)] == path.read_bytes().split()
+    assert sum(len(path.read_bytes().split()) for path in lists) == 4
 
 
 def test_too_few_identities_to_split(tmp_path, capsys):

@@ -1,9 +1,13 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import errno
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aroface.errors import DataError
@@ -46,6 +50,36 @@ def test_success_replaces_the_file_with_ordinary_permissions(tmp_path):
         temporary.write_text("new")
     assert target.read_text() == "new"
     assert target.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_system_error_names_the_file_that_was_meant(tmp_path):
+    (tmp_path / "file").touch()
+
+    def write(path, action):
+        with pytest.raises(OSError, match=r".") as caught, atomic_path(path) as temporary:
+            action(temporary)
+        return caught.value.errno, caught.value.filename
+
+    def fill(_):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+
+    def save(temporary):
+        with temporary.open("wb") as file:
+            np.save(file, np.zeros(1 << 16))
+
+    out = tmp_path / "out.bin"
+    assert write(out, fill) == (errno.ENOSPC, str(out))
+    assert write(out, lambda temporary: temporary.mkdir()) == (errno.EEXIST, str(out))
+    assert write(out, lambda temporary: (tmp_path / "none").read_bytes()) == (errno.ENOENT, str(tmp_path / "none"))
+    assert write(tmp_path, lambda temporary: None) == (errno.EISDIR, str(tmp_path))
+    assert write(tmp_path / "file" / "out", lambda temporary: None)[1] == str(tmp_path / "file")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        assert write(out, save) == (errno.ENOSPC, str(out))  # NumPy itself tells no errno
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_json_round_trip_refuses_nan_and_names_what_is_wrong(tmp_path):

@@ -21,6 +21,7 @@ from aroface.inference import load_embedder, load_model
 from aroface.weights import read_weights, write_arcface_torch, write_weights
 from aroface.weights.arcface_torch import to_arcface_torch
 from tests.helpers import layouts
+from tests.helpers.archives import tar_bytes
 from tests.helpers.checkpoints import write_checkpoint
 
 NARROW_IRESNET = layouts.iresnet(18, width=8, dim=16, side=2)  # 32 px
@@ -361,6 +362,21 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
         read_weights(save(tmp_path / "list.pt", [1, 2]))
     with pytest.raises(DataError, match="'epoch'"):
         read_weights(save(tmp_path / "empty.pt", {"epoch": 1}))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"garbage", "Unsupported operand 103"),
+        (tar_bytes([("tensors", b"")]), "legacy .tar format"),
+        (b"", "ends too early"),
+    ],
+)
+def test_the_reason_is_told_without_the_advice_to_run_what_the_file_says(tmp_path, content, reason):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        read_weights(tmp_path / "x.pt")
+    assert not any(word in str(caught.value) for word in ("False", "trust", "arbitrary", "http"))
 
 
 def test_the_command_tells_what_to_do(tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The command table: fast help, lazy imports, exit codes, and names that shadow nothing."""
 
 import argparse
+import errno
 import importlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -90,6 +92,40 @@ def test_another_runtime_error_is_a_bug(monkeypatch):
 
     monkeypatch.setattr("launch.cmd_train.run", run)
     with pytest.raises(RuntimeError, match="no idea"):
+        main(["train", "c.yaml", "--run", "r"])
+
+
+@pytest.mark.parametrize(
+    ("code", "what_to_do"),
+    [
+        ("ENOSPC", "Make room"),
+        ("EDQUOT", "Make room"),
+        ("EFBIG", "Make room"),
+        ("EROFS", "Change its permissions"),
+        ("EACCES", "Change its permissions"),
+        ("EPERM", "Change its permissions"),
+        ("ENOTDIR", "A file stands where a folder is meant"),
+        ("EISDIR", "A folder stands where a file is meant"),
+        ("EEXIST", "Something else stands there"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_told(code, what_to_do, monkeypatch, capsys):
+    number = getattr(errno, code)
+
+    def run(args):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr("launch.cmd_train.run", run)
+    assert main(["train", "c.yaml", "--run", "r"]) == 2
+    assert f"aroface train: some/file: {os.strerror(number)}. {what_to_do}" in capsys.readouterr().err
+
+
+def test_another_error_of_the_system_is_a_bug(monkeypatch):
+    def run(args):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr("launch.cmd_train.run", run)
+    with pytest.raises(OSError, match="Bad file descriptor"):
         main(["train", "c.yaml", "--run", "r"])
 
 

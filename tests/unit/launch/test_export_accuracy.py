@@ -50,6 +50,18 @@ def test_half_of_the_identities_are_strangers() -> None:
         measure_rates(faces, far=1e-6, fpir=0.1)
 
 
+def test_a_waived_rate_that_does_not_exist_is_left_out() -> None:
+    faces = drawn(30, 4, noise=0.5)
+    whole = measure_rates(faces, far=0.01, fpir=0.1, waived=("tar", "tpir"))
+    assert whole == measure_rates(faces, far=0.01, fpir=0.1)
+    assert measure_rates(faces, far=0.01, fpir=1 / 46, waived=["tpir"]) == {
+        name: rate for name, rate in whole.items() if not name.startswith("tpir")
+    }
+    assert list(measure_rates(faces, far=1e-6, fpir=1 / 46, waived=["tar", "tpir"])) == ["rank_1"]
+    with pytest.raises(ConfigError, match="--far 1e-06 does not exist .* or waive it .--max-tar-drop 1."):
+        measure_rates(faces, far=1e-6, fpir=1 / 46, waived=["tpir"])
+
+
 def test_a_rate_on_few_false_accepts_is_said_to_be_unsteady(caplog: pytest.LogCaptureFixture) -> None:
     measure_rates(drawn(30, 4, noise=0.5), far=0.01, fpir=0.1)
     assert "--fpir 0.1 rests on 4 false accepts" in caplog.text

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aroface.contract import InputContract
 from aroface.errors import DataError
 from retrieval.embedding_files import read_embeddings, write_embeddings
 from retrieval.embeddings import EmbeddingSet
@@ -50,14 +51,30 @@ def with_nan() -> np.ndarray:
         ({"qualities": np.array([1, 2, np.nan, 4], np.float32)}, "qualities must be finite"),
         ({"variances": np.zeros((4, 6), np.float32)}, "variances must be finite and above 0"),
         ({"variances": np.ones((4, 5), np.float32)}, r"variances has shape \(4, 5\)"),
+        ({"subject_ids": np.array(["\u00e9".encode("latin-1")] * 4)}, "subject_ids are bytes beyond ASCII.* as text"),
+        ({"template_ids": np.array([b"\xff"] * 4)}, "template_ids are bytes beyond ASCII"),
+        ({"det_scores": np.array(["a"] * 4)}, "det_scores are <U1; numbers"),
+        ({"qualities": np.array(["a"] * 4)}, "qualities are <U1; numbers"),
+        ({"variances": np.array([["a"]] * 4)}, "variances are <U1; numbers"),
         ({"metadata": np.array("model: x")}, "metadata is not JSON"),
         ({"metadata": np.array("[1]")}, "metadata is a JSON list; it must be an object"),
+        ({"metadata": np.array('{"contract": "rgb"}')}, "contract is 'rgb'; it must be an object"),
+        ({"metadata": np.array('{"model_id": 5}')}, "model_id is 5; it must be a string"),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path: Path, change: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "e.npz", **{**GOOD, **change})
     with pytest.raises(DataError, match=message):
         read_embeddings(tmp_path / "e.npz")
+
+
+def test_an_input_contract_in_another_form_is_named() -> None:
+    contract = {"image_size": 112, "colour_order": "rgb"}
+    assert EmbeddingSet(ROWS, np.arange(4)).contract is None
+    assert EmbeddingSet(ROWS, np.arange(4), metadata={"contract": contract}).contract == InputContract(**contract)
+    other = EmbeddingSet(ROWS, np.arange(4), metadata={"contract": {**contract, "colour_order": "grey"}}, name="e.npz")
+    with pytest.raises(DataError, match=r"e.npz: metadata, contract.colour_order: .*mend it, or leave it out"):
+        _ = other.contract
 
 
 def test_missing_arrays_and_files_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The gallery against brute force in NumPy, and against everything that must be refused."""
 
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from aroface.contract import InputContract
 from aroface.errors import DataError, ShapeError
 from retrieval.embeddings import EmbeddingSet
-from retrieval.gallery import Gallery
+from retrieval.gallery import Gallery, segments
 from retrieval.gallery.store import read_manifest, write_lock
 from tests.helpers.drawn_vectors import drawn, exact_cosines
 
@@ -162,10 +163,44 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
         damaged = bytearray(data)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="Build it again|build the gallery again"):
+        with pytest.raises(DataError, match="uild (it|the gallery) again with `aroface gallery build --replace`"):
             read_manifest(tmp_path / "g")
     path.write_bytes(data)
     assert Gallery.open(tmp_path / "g").manifest == gallery.manifest
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[1]", b'{"format_version": 2}', b'{"format_version": 3}'])
+def test_a_gallery_with_a_damaged_manifest_is_replaced_when_the_new_one_is_whole(
+    tmp_path: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_ROWS", 1)  # so that files are written before the failure
+    first = Gallery.build(tmp_path / "g", drawn(9), np.arange(9)).add(drawn(1, seed=1), ["new"])
+    manifest = tmp_path / "g" / "manifest.json"
+    manifest.write_bytes(damage)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "g").iterdir()}
+    with pytest.raises(DataError, match="exists already"):
+        Gallery.build(tmp_path / "g", drawn(2), ["a", "b"])
+
+    def parts() -> Iterator[EmbeddingSet]:
+        yield EmbeddingSet(drawn(2), np.arange(2))
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        Gallery.build_from(tmp_path / "g", parts(), replace=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "g").iterdir()} == before
+    new = Gallery.build(tmp_path / "g", drawn(2), ["a", "b"], replace=True)
+    assert new.manifest.generation == first.manifest.generation + 1
+    assert {path.name for path in (tmp_path / "g").iterdir()} == new.manifest.file_names | {"manifest.json", ".lock"}
+
+
+@pytest.mark.parametrize("beside", ["shard-000000.tar", None])
+def test_a_manifest_of_something_else_is_not_replaced(tmp_path: Path, beside: str | None) -> None:
+    (tmp_path / "manifest.json").write_text('{"format_version": 1}')
+    if beside:
+        (tmp_path / beside).touch()
+    with pytest.raises(DataError, match=f"{beside or 'no data of one'}.* Name another directory"):
+        Gallery.build(tmp_path, drawn(2), ["a", "b"], replace=True)
+    assert (tmp_path / "manifest.json").read_text() == '{"format_version": 1}'
 
 
 def test_missing_files_and_other_formats_are_explained(tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def test_a_collection_is_replaced_by_a_whole_one_only(milvus: MilvusPlace, monke
     refusals: list[tuple[Any, str]] = [
         (["q", "q"], "occur more than once"),
         (["q", "x" * 513], "longer than 512 bytes"),
+        (["q", "\udcff.jpg"], "Rename the file and embed again"),
         (["q"], "one for each is needed"),
     ]
     for names, message in refusals:

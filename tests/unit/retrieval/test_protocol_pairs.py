@@ -1,4 +1,4 @@
-"""Lists of pairs in LFW's format, and pairs drawn from a set."""
+"""Lists of pairs by row and in LFW's format, and pairs drawn from a set."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aroface.errors import DataError
+from retrieval.pairs import read_index_pairs
 from retrieval.protocols.lfw_pairs import draw_pairs, read_lfw_pairs
 
 KEYS = ["Ann/Ann_0001.jpg", "Ann/Ann_0012.jpg", "Bo/Bo_0001.jpg", "Cy/portrait.jpg"]
@@ -67,3 +68,11 @@ def test_drawn_pairs_are_balanced_and_what_they_say() -> None:
 def test_a_set_without_pairs_is_refused(names: list[str]) -> None:
     with pytest.raises(DataError, match="Pairs need two persons"):
         draw_pairs(names)
+
+
+@pytest.mark.parametrize("wrong", ["0,99999999999999999999,0", "-9223372036854775809,1,1", "0,1.5,1", "0,1"])
+def test_a_pair_that_is_not_in_whole_numbers_is_named(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"index_a,index_b,label\n0,1,1\n{wrong}\n")
+    with pytest.raises(DataError, match=rf"pairs.csv, line 3: '{wrong}' is not .* in whole numbers"):
+        read_index_pairs(path, num_rows=2)

@@ -11,6 +11,7 @@ import pytest
 
 from aroface.errors import DataError
 from aroface.images import encode_jpeg
+from shards.faces import open_face_set
 from shards.manifest import read_identities
 from shards.pack import PackOptions, pack
 from shards.sources import FORMATS, Source, SourceOptions, detect_format, open_source
@@ -305,3 +306,14 @@ def test_an_identity_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "faces" / "cleo.jpg").write_bytes(face(1))
     with pytest.raises(DataError, match=r"'cleo.jpg' lies in no identity folder"):
         content(open_source(tmp_path / "faces"))
+
+
+def test_a_link_to_nothing_is_an_unreadable_image(tmp_path: Path) -> None:
+    (folder_of(tmp_path / "faces") / "ada" / "9.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(DataError, match=r"9.jpg cannot be read: No such file or directory.\nMend or remove them"):
+        pack(tmp_path / "faces", tmp_path / "out", PackOptions())
+    manifest = pack(tmp_path / "faces", tmp_path / "out", PackOptions(max_bad=1))
+    assert (manifest.num_samples, manifest.skipped) == (len(FACES), 1)
+    faces = open_face_set(tmp_path / "faces")
+    with pytest.raises(DataError, match=r"9.jpg cannot be read"):  # `embed` marks it as a failure to enrol
+        faces.read(list(faces.keys).index("ada/9.jpg"))

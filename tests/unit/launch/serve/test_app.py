@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -38,6 +39,15 @@ def test_search_finds_the_enrolled_face_first(client):
     assert best["score"] == pytest.approx(1, abs=1e-6)
     assert not found["is_calibrated"]
     assert "not calibrated" in best["meaning"]
+
+
+def test_an_id_that_is_no_unicode_is_spelt_out(gallery):
+    odd = b"J\xf6rg"  # a folder with a name in Latin-1
+    more = gallery.add(PixelEmbedder().embed(face(9)[None]), [os.fsdecode(odd)], [os.fsdecode(odd + b"/1.jpg")])
+    app = create_app(FaceService(PixelEmbedder(), more, ServiceStats()), GuardSettings(KEY))
+    with TestClient(app, headers=HEADERS) as client:
+        found = client.post("/v1/search", files={"image": image(9)}, data={"top": "1"}).json()["matches"][0]
+    assert (found["subject_id"], found["entry_id"]) == (r"J\xf6rg", r"J\xf6rg/1.jpg")
 
 
 def test_enrol_search_delete(client, gallery):

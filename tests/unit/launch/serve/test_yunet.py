@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 
 from aroface.contract import ARCFACE_TEMPLATE_112
@@ -38,8 +39,11 @@ class Network:
 def detector(tmp_path, monkeypatch):
     (tmp_path / "yunet.onnx").write_bytes(b"a model")
     monkeypatch.setattr(cv2, "FaceDetectorYN", Network)
+    monkeypatch.setattr(Network, "found", None)
     monkeypatch.setattr(Network, "images", [])
-    return YuNet(tmp_path / "yunet.onnx")
+    yunet = YuNet(tmp_path / "yunet.onnx")
+    Network.images.clear()  # the one that it tries at the start
+    return yunet
 
 
 def row(points, score=0.9):
@@ -150,5 +154,16 @@ def test_files_that_are_no_model_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         YuNet(tmp_path / "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"not a network")
-    with pytest.raises(ConfigError, match="cannot be loaded as a YuNet model"):
+    with pytest.raises(ConfigError, match="name a face_detection_yunet"):
         YuNet(tmp_path / "bad.onnx")
+
+
+def test_a_network_of_another_kind_is_refused_at_the_start(tmp_path):
+    """OpenCV loads it as a detector; its outputs have other names than YuNet's."""
+    path = tmp_path / "other.onnx"
+    sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 320, 320]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "relu", sides[:1], sides[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
+    cv2.FaceDetectorYN.create(str(path), "", (320, 320))
+    with pytest.raises(ConfigError, match="other.onnx is no YuNet model .* name a face_detection_yunet"):
+        YuNet(path)
