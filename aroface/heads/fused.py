@@ -73,8 +73,11 @@ def check_fused(config: HeadConfig) -> None:
 
 
 def is_fused_faster(config: HeadConfig, device: torch.device) -> bool:
-    """Whether the kernels can be had there and were faster than chunks: in bf16 (docs/results/h200.md)."""
-    if device.type != "cuda" or config.logit_precision != "bf16":
+    """Whether the kernels can be had there and were faster than chunks (docs/results/h200.md).
+
+    In fp32 that is so on new GPUs; the tiles that others have room for were slower there.
+    """
+    if device.type != "cuda" or not (config.logit_precision == "bf16" or _is_new(device)):
         return False
     try:
         check_fused(config)
@@ -230,8 +233,11 @@ class _Chunks:
 
 
 def _tiles(precision: str, device: torch.device) -> _Tiles:
-    is_new = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return (_NEW_TILES if is_new else _TILES)[precision]
+    return (_NEW_TILES if _is_new(device) else _TILES)[precision]
+
+
+def _is_new(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _through_length(gradient: Tensor, centres: Tensor) -> None:

@@ -64,19 +64,24 @@ def test_triton_is_refused_where_it_cannot_be(monkeypatch, installed, name, mess
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "device", "chosen"),
+    ("name", "settings", "device", "capability", "chosen"),
     [
-        ("arcface", {"logit_precision": "bf16"}, "cuda", "triton"),
-        ("arcface", {"logit_precision": "bf16"}, "cpu", "chunked"),
-        ("arcface", {}, "cuda", "chunked"),
-        ("curricularface", {"logit_precision": "bf16"}, "cuda", "chunked"),
-        ("arcface", {"implementation": "plain"}, "cuda", "plain"),
+        ("arcface", {"logit_precision": "bf16"}, "cuda", (8, 0), "triton"),
+        ("arcface", {"logit_precision": "bf16"}, "cpu", (9, 0), "chunked"),
+        ("arcface", {}, "cuda", (8, 0), "chunked"),
+        ("arcface", {}, "cuda", (9, 0), "triton"),
+        ("arcface", {}, "cuda", (10, 0), "triton"),
+        ("arcface", {}, "cuda", (12, 0), "chunked"),
+        ("arcface", {}, "cpu", (9, 0), "chunked"),
+        ("curricularface", {"logit_precision": "bf16"}, "cuda", (9, 0), "chunked"),
+        ("arcface", {"implementation": "plain"}, "cuda", (9, 0), "plain"),
     ],
 )
-def test_auto_takes_what_was_faster(monkeypatch, name, settings, device, chosen):
+def test_auto_takes_what_was_faster(monkeypatch, name, settings, device, capability, chosen):
     config = TypeAdapter(HeadConfig).validate_python({"logit_scale": 16.0} | HEADS[name] | settings)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert class_sharded._implementation(config, torch.device(device)) == chosen
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no Triton
     assert class_sharded._implementation(config, torch.device(device)) == chosen.replace("triton", "chunked")
