@@ -2,7 +2,7 @@
 # What a GPU is needed for, in three parts of at most ten minutes, each leaving its results behind:
 #   bash launch/gpu/session.sh 1 OUT     environment, tests marked gpu, the classifier at 93 k, 618 k and 2 M classes
 #   bash launch/gpu/session.sh 2 OUT     training steps of R50 and R100, attacks, fp16, memory, the largest losses, peers
-#   bash launch/gpu/session.sh 3 OUT     feeding, Faiss, TensorRT, searches, loaders
+#   bash launch/gpu/session.sh 3 OUT     feeding, galleries, TensorRT, searches, loaders
 # options:
 #   --peers DIR      checkouts `insightface` and `ARoFace` in DIR are timed beside ours
 #   --wheels DIR     wheels of what this machine's Python lacks; installed for this session alone, without an index
@@ -98,7 +98,7 @@ prepare() {
 
 part_1() {
   show=40 step doctor 90 aroface doctor
-  show=12 step graphs 90 python -m pytest -m gpu tests/gpu/test_graphs.py -q -p no:cacheprovider
+  show=12 step graphs 90 python -m pytest -m gpu tests/gpu/test_graphs.py tests/gpu/test_no_waiting.py -q -p no:cacheprovider
   local classes
   for classes in 617970 93431 2059906; do
     show=16 step "head-$classes" 110 \
@@ -152,7 +152,7 @@ part_3() {
     batch.global_batch=512 optim.lr_per_1024=0.01 schedule.epochs=30 log.tensorboard=false checkpoint.every_steps=1000 \
     --run "$work/run"
   step feeding 30 aroface bench feeding "$work/run" --out "$out/feeding.json"
-  show=20 step faiss 200 \
+  show=20 step gallery 200 \
     aroface bench gallery --device cuda --size 10000000 --top 20 --out "$out/gallery-10m.json"
   step onnx 90 aroface export "$work/run" --precision fp16 --out "$work/r100.onnx"
   step engine 200 aroface export "$work/run" --to tensorrt --precision fp16 --batch-profile 1,1,8 \
