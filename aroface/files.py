@@ -26,6 +26,9 @@ __all__ = [
     "writing",
 ]
 
+#: The disk takes no more.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -56,14 +59,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let the system's errors name `path` where they name no file, or a temporary one beside it."""
+    """Let the system's errors name `path` where they name a temporary file beside it, or, for want of room, none."""
     try:
         yield
     except OSError as error:
         if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
             error.errno, error.strerror = errno.ENOSPC, f"only a part was taken ({error})"  # NumPy does not tell why
         is_temporary = os.path.basename(str(error.filename)).startswith(f".{path.name}.")
-        if error.errno is not None and (error.filename is None or is_temporary):
+        if is_temporary or (error.filename is None and error.errno in _NO_ROOM):
             error.filename = str(path)
         raise
 

@@ -52,8 +52,9 @@ _SMALLER = {
     "model.checkpoint_activations=true; `aroface plan CONFIG --gpus N` tells what fits."
 }
 #: Why the system refuses a path that the user has named -> what to do.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED_PATHS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room, or name a path on another disk."),
+    **dict.fromkeys(_NO_ROOM, "Make room, or name a path on another disk."),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions, or name another path."),
     errno.ENOTDIR: "A file stands where a folder is meant; name another path.",
     errno.EISDIR: "A folder stands where a file is meant; name another path.",
@@ -128,9 +129,10 @@ def _run_command(name: str, arguments: list[str]) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.errno not in _REFUSED_PATHS:
+        is_nameless = error.filename is None
+        if error.errno not in _REFUSED_PATHS or (is_nameless and error.errno not in _NO_ROOM):
             raise
-        where = "" if error.filename is None else f"{error.filename}: "
+        where = "" if is_nameless else f"{error.filename}: "
         print(f"aroface {name}: {where}{error.strerror}. {_REFUSED_PATHS[error.errno]}", file=sys.stderr)
         return _USER_ERROR
 

@@ -189,7 +189,7 @@ def _embed_in_parts(args: argparse.Namespace) -> int:
             "precision": args.precision,
             **{key: value for key, value in job.metadata.items() if key != "images"},
         },
-        source=job.faces.digest(),
+        source=job.faces.digest(job.indices),
         keys=[job.faces.keys[index] for index in job.indices],
         bounds=bounds,
     )

@@ -111,7 +111,7 @@ def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
         help="batch sizes to build for; several may be given (default: 1,1,8 and 1,64,64)",
     )
     group.add_argument("--workspace-gib", type=float, metavar="G", help="scratch memory at the most")
-    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="makes a second build faster")
+    group.add_argument("--timing-cache", type=output_file, metavar="FILE", help="makes a second build faster")
     group.add_argument(
         "--optimisation-level", type=int, metavar="0..5", help="time spent looking for fast kernels (default: 3)"
     )

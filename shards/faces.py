@@ -17,7 +17,7 @@ from shards.landmark_file import read_landmarks
 from shards.manifest import MANIFEST_NAME, read_identities
 from shards.pack import read_table
 from shards.sources import SourceOptions, detect_format, open_source
-from shards.sources.base import IMAGE_SUFFIXES
+from shards.sources.base import IMAGE_SUFFIXES, size_of_file
 from shards.sources.folder import FolderSource
 from shards.sources.list_file import ListSource
 
@@ -27,11 +27,14 @@ __all__ = ["ImageFolder", "StoredFaces", "align_faces", "aligned_when_packed", "
 class StoredFaces(FaceSet, Protocol):
     """Faces that lie on disk."""
 
-    def digest(self) -> str:
-        """Hex digest that changes when images are replaced; equal for a copy on another machine.
+    def digest(self, chosen: Sequence[int]) -> str:
+        """Hex digest of some images that changes when they are replaced; equal for a copy on another machine.
 
-        Of shards that of the manifest, else of the size of every image, its checksum where the layout has one, and the
-        landmarks that it is aligned by. No image is read.
+        Of shards that of the manifest, else of the size of each image, its checksum where the layout has one, and the
+        landmarks that it is aligned by. No image is read, so another one of the same size may go unnoticed.
+
+        Args:
+            chosen: indices of the images.
         """
         ...
 
@@ -130,9 +133,9 @@ class ImageFolder:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         return decode_rgb(data, name=str(path))
 
-    def digest(self) -> str:
+    def digest(self, chosen: Sequence[int]) -> str:
         """See `StoredFaces`."""
-        return _digest(np.array([(self._folder / key).stat().st_size for key in self.keys], np.int64))
+        return _digest(np.array([size_of_file(self._folder / self.keys[index]) for index in chosen], np.int64))
 
 
 class _AlignedFaces:
@@ -143,9 +146,9 @@ class _AlignedFaces:
     def read(self, index: int) -> NDArray[np.uint8]:
         return align_face(self._faces.read(index), self._points[self.keys[index]])
 
-    def digest(self) -> str:
-        points = np.array([self._points[key] for key in self.keys], np.float64)
-        return _digest(np.frombuffer(self._faces.digest().encode(), np.uint8), points)
+    def digest(self, chosen: Sequence[int]) -> str:
+        points = np.array([self._points[self.keys[index]] for index in chosen], np.float64)
+        return _digest(np.frombuffer(self._faces.digest(chosen).encode(), np.uint8), points)
 
 
 class _SourceFaces:
@@ -166,15 +169,15 @@ class _SourceFaces:
             raise DataError(f"{self.keys[index]}: its list tells no landmarks to align it by.")
         return align_face(pixels, entry.landmarks)
 
-    def digest(self) -> str:
-        table = self._table
-        columns: list[NDArray[Any]] = [table.landmarks] if self._align else []
+    def digest(self, chosen: Sequence[int]) -> str:
+        table, rows = self._table, np.asarray(chosen, np.int64)
+        columns: list[NDArray[Any]] = [table.landmarks[rows]] if self._align else []
         if isinstance(self._source, ListSource):
-            lines = (entry for _, _, entry in table.entries(np.arange(len(table))))
-            return _digest(np.array([self._source.image_bytes(line) for line in lines], np.int64), *columns)
+            lines = (entry for _, _, entry in table.entries(rows))
+            return _digest(np.fromiter(self._source.image_sizes(lines), np.int64, len(rows)), *columns)
         if not isinstance(self._source, FolderSource):  # whose checks are times, which a copy does not keep
-            columns.append(table.check)
-        return _digest(table.length, *columns)
+            columns.append(table.check[rows])
+        return _digest(table.length[rows], *columns)
 
 
 class _ShardFaces:
@@ -196,7 +199,7 @@ class _ShardFaces:
     def read(self, index: int) -> NDArray[np.uint8]:
         return decode_rgb(self._dataset.read(self._samples[index])[0], name=self.keys[index])
 
-    def digest(self) -> str:
+    def digest(self, chosen: Sequence[int]) -> str:
         return self._dataset.fingerprint
 
 

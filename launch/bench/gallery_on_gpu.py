@@ -63,6 +63,8 @@ def measure_on(
     names = numbers.astype("U8")
     source = IndexedSource(Rows([rows], _DIM), Entries(names, names, np.ones(size, np.float32), numbers), tracked, size)
     bare = _bare_index() if bare is None else bare
+    if bare is None:
+        print("skipped: bare Faiss, which has no support for GPUs here")
     for start in range(0, size if bare is not None else 0, _FAISS_ROWS):
         bare.add(rows[start : start + _FAISS_ROWS])
     probes, _ = _drawn(many, device, seed=1)

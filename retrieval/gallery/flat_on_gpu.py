@@ -8,12 +8,14 @@ looked at again.
 Legend: P probes, N rows, D embedding dimension, K places of a list, B columns of a block of scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aroface.errors import ConfigError
 from retrieval.gallery.segments import Rows
 
 if TYPE_CHECKING:
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FlatOnGPU"]
 
-#: Scores of a block: 1 GiB in float32.
-_BLOCK_SCORES = 1 << 28
+#: Scores of a block: 1 GiB in float32; fewer where there is no room for them.
+_BLOCK_SCORES, _LEAST_SCORES = 1 << 28, 1 << 20
+#: Places in all lists of one block: 384 MiB with their rows, twice for a moment.
+_BLOCK_PLACES = 1 << 25
 _GROUP = 64
 #: Rows that are made ready on the host at a time.
 _UPLOAD_ROWS = 1 << 18
@@ -46,19 +50,41 @@ class FlatOnGPU:
             for first, device in zip(firsts, devices, strict=False)
         ]
         self._firsts = list(firsts)
+        self._block_scores = _BLOCK_SCORES
 
     def search(self, probes: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(P, count) scores and rows of the nearest of each (P, D) probe, best first; `count` is at most N."""
+        """(P, count) scores and rows of the nearest of each (P, D) probe, best first; `count` is at most N.
+
+        Raises:
+            ConfigError: no memory is left on a device for the scores.
+        """
         import torch
 
-        given = torch.from_numpy(np.ascontiguousarray(probes))
-        with torch.inference_mode():
-            # Each device is busy before the first answer is waited for.
-            found = [_nearest(given.to(shard.device, shard.dtype), shard, count) for shard in self._shards]
-            scores = torch.cat([scores.cpu() for scores, _ in found], dim=1)
-            rows = torch.cat([near.cpu() + first for (_, near), first in zip(found, self._firsts, strict=True)], dim=1)
-            best = scores.topk(count, dim=1)
-            return best.values.numpy(), rows.gather(1, best.indices).numpy()
+        parts = np.array_split(probes, -(-len(probes) * count // _BLOCK_PLACES) or 1)
+        while True:
+            try:
+                with torch.inference_mode(), _whole_float32():
+                    scores, rows = zip(*(self._search(part, count) for part in parts), strict=True)
+                return np.concatenate(scores), np.concatenate(rows)
+            except torch.OutOfMemoryError as error:
+                if self._block_scores <= _LEAST_SCORES:
+                    raise ConfigError(
+                        f"No memory is left beside the gallery for the search of {len(probes)} probes on "
+                        f"{len(self._shards)} GPU(s). End what else runs there, name more GPUs, or choose cpu."
+                    ) from error
+                self._block_scores //= 4
+                torch.cuda.empty_cache()
+
+    def _search(self, probes: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        import torch
+
+        given, size = torch.from_numpy(np.ascontiguousarray(probes)), self._block_scores // len(probes)
+        # Each device is busy before the first answer is waited for.
+        found = [_nearest(given.to(shard.device, shard.dtype), shard, count, size) for shard in self._shards]
+        scores = torch.cat([scores.cpu() for scores, _ in found], dim=1)
+        rows = torch.cat([near.cpu() + first for (_, near), first in zip(found, self._firsts, strict=True)], dim=1)
+        best = scores.topk(count, dim=1)
+        return best.values.numpy(), rows.gather(1, best.indices).numpy()
 
 
 def _uploaded(rows: Rows, first: int, stop: int, device: "torch.device", *, use_float16: bool) -> "Tensor":
@@ -72,11 +98,32 @@ def _uploaded(rows: Rows, first: int, stop: int, device: "torch.device", *, use_
     return vectors
 
 
-def _nearest(probes: "Tensor", vectors: "Tensor", count: int) -> "tuple[Tensor, Tensor]":
-    """(P, K) scores and rows of the nearest, in any order; K is the least of `count` and N."""
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Somebody may have allowed products of float32 in tf32, whose factors have 11 bits."""
     import torch
 
-    size = max(_GROUP, _BLOCK_SCORES // len(probes) // _GROUP * _GROUP)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _nearest(probes: "Tensor", vectors: "Tensor", count: int, size: int) -> "tuple[Tensor, Tensor]":
+    """(P, K) scores and rows of the nearest, in any order; K is the least of `count` and N.
+
+    Args:
+        probes: (P, D).
+        vectors: (N, D).
+        count: length of the lists.
+        size: about how many vectors at a time.
+    """
+    import torch
+
+    size = max(_GROUP, size // _GROUP * _GROUP)
     scores, rows = _highest(_products(probes, vectors[:size]), count)
     for start in range(size, len(vectors), size):
         more_scores, more = _highest(_products(probes, vectors[start : start + size]), count)

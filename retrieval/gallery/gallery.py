@@ -65,8 +65,7 @@ class Gallery(FaceGallery):
     """Enrolled embeddings in a directory.
 
     Every change replaces the whole state at once: another process, or this one after a crash, sees the old gallery or
-    the new one. A change costs what it changes, not the size of the gallery. An opened gallery does not follow later
-    changes of other processes; open it again to see them.
+    the new one. A change costs what it changes, not the size of the gallery. Later changes of others need a new `open`.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, segments: Sequence[Segment]) -> None:
@@ -91,8 +90,7 @@ class Gallery(FaceGallery):
             DataError: no gallery there, or a damaged one.
             ConfigError: no such device, or a kind that is searched on the CPU only.
         """
-        devices = gpu_numbers(device)
-        state = cls._ready(directory, (), verify=verify)
+        devices, state = gpu_numbers(device), cls._ready(directory, (), verify=verify)
         state._copy = DeviceCopy(devices) if devices else None
         return state
 
@@ -398,7 +396,5 @@ class Gallery(FaceGallery):
     def _hint(self) -> None:
         outside, removed = self.outside_index
         if outside + removed > _TAIL_SHARE * len(self):
-            logger.info(
-                "%s: %d entries are not in the index, %d removed ones still are; `aroface gallery compact` mends that.",
-                *(self.directory, outside, removed),
-            )
+            text = "%s: %d entries are not in its index and %d removed ones are: `aroface gallery compact` mends that."
+            logger.info(text, self.directory, outside, removed)

@@ -31,7 +31,7 @@ from retrieval.gallery.store import IndexRecord, Manifest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GPU_KINDS", "MAX_LIST", "DeviceCopy", "flat_on", "on_devices"]
+__all__ = ["GPU_KINDS", "DeviceCopy", "flat_on", "on_devices"]
 
 GPU_KINDS: tuple[IndexKind, ...] = ("flat", "fp16", "ivf", "ivf-fp16", "ivf-sq8")
 _EXACT_KINDS: tuple[IndexKind, ...] = ("flat", "fp16")
@@ -92,17 +92,17 @@ class DeviceCopy:
             return self._filled.tracked, self._filled.until
 
     def _fill(self, manifest: Manifest, index: TrackedIndex | None, rows: Rows, numbers: NDArray[np.int64]) -> _Filled:
-        import torch
-
         kind = manifest.index
         try:
             tracked = on_devices(kind, index, rows, numbers, self._devices)
-        except RuntimeError as error:  # PyTorch begins with the reason; Faiss ends with it, behind its stack trace
+        except RuntimeError as error:
             lines = str(error).strip().splitlines()
-            reason = lines[0] if isinstance(error, torch.OutOfMemoryError) else lines[-1]
+            reason = lines[0 if kind in _EXACT_KINDS else -1]  # Faiss ends with it, behind its stack trace
+            smaller = "" if kind == "fp16" else "Change it to fp16 with `aroface gallery compact --index`, "
+            others = "name more GPUs" if smaller else "Name more GPUs"
             raise ConfigError(
                 f"The gallery of {len(rows)} entries of kind {kind} could not be put on the GPUs {self._devices} "
-                f"({reason}). Change it to fp16 with `aroface gallery compact --index`, name more GPUs, or choose cpu."
+                f"({reason}). {smaller}{others}, or choose cpu."
             ) from error
         record = manifest.index_record
         if kind in _EXACT_KINDS or record is None:
@@ -146,6 +146,7 @@ def on_devices(
     if index is None:
         raise ValueError(f"a gallery of kind {kind} without an index")
     import faiss
+    import torch
 
     if not hasattr(faiss, "StandardGpuResources"):
         raise ConfigError(
@@ -153,6 +154,7 @@ def on_devices(
             "Install faiss-gpu in its place, change the gallery to fp16 with `aroface gallery compact --index`, or "
             "choose the device cpu."
         )
+    torch.cuda.empty_cache()  # what PyTorch keeps of an exact copy before is nothing that Faiss could use
     resources = [faiss.StandardGpuResources() for _ in devices]
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
@@ -185,15 +187,11 @@ def flat_on(
         numbers: (N,) of the entries.
         use_float16: whether the devices keep float16.
     """
-    import torch
-
-    # Somebody may have allowed float32 products in tf32, whose factors are rounded as those in float16.
-    is_rounded = use_float16 or torch.get_float32_matmul_precision() != "highest"
     return TrackedIndex(
         FlatOnGPU(rows, devices, use_float16=use_float16),
         numbers,
         candidates=1,
         least=_EXTRA_CANDIDATES,
-        tolerance=rounding_bound(rows.dimension) + (_FLOAT16_BOUND if is_rounded else 0.0),
+        tolerance=rounding_bound(rows.dimension) + (_FLOAT16_BOUND if use_float16 else 0.0),
         has_one_user=True,
     )

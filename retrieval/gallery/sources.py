@@ -141,7 +141,7 @@ def nearest_rows(rows: Rows, probes: NDArray[np.float32], count: int) -> Found:
 
 
 class TrackedIndex:
-    """A Faiss index, the numbers of the entries in it, and how it is searched.
+    """An index, of Faiss or with the same `search`, the numbers of the entries in it, and how it is searched.
 
     Args:
         index: what `search` is called on.
@@ -187,7 +187,7 @@ class TrackedIndex:
 
 
 class IndexedSource(_LocalSource):
-    """A Faiss index, and one by one what was enrolled after it was made.
+    """An index, and one by one what was enrolled after it was made.
 
     Args:
         rows: all vectors.

@@ -1,12 +1,22 @@
 """What every source of images is: a list of entries, and a way to read one of them."""
 
+import os
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 from aroface.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "Entry", "Landmarks", "Source", "entry_of_path", "suffix_of_bytes"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_IMAGE_BYTES",
+    "Entry",
+    "Landmarks",
+    "Source",
+    "entry_of_path",
+    "size_of_file",
+    "suffix_of_bytes",
+]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
@@ -56,6 +66,14 @@ class Source(Protocol):
             DataError: they cannot be read, or are not what the collection says they are.
         """
         ...
+
+
+def size_of_file(path: Path) -> int:
+    """Bytes of a file; -1 where none can be seen, such as at the end of a broken link."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def entry_of_path(path: str, *, source: str) -> tuple[str, str, str] | None:

@@ -1,11 +1,12 @@
 """A list of image paths with labels: `path label` lines, or a CSV, with or without a header and landmarks."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from aroface.errors import DataError
-from shards.sources.base import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, Landmarks
+from shards.sources.base import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, Entry, Landmarks, size_of_file
 
 __all__ = ["LIST_SUFFIXES", "ListSource"]
 
@@ -52,7 +53,8 @@ class ListSource:
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of the image file that a line names."""
-        path = self._image_path(entry)
+        with self._path.open("rb") as file:
+            path = self._image_path(file, entry)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -61,17 +63,15 @@ class ListSource:
             raise DataError(f"{path} has {len(data)} bytes, over the limit for a face.")
         return data
 
-    def image_bytes(self, entry: Entry) -> int:
-        """Size of the image file that a line names; -1 where there is none."""
-        try:
-            return self._image_path(entry).stat().st_size
-        except OSError:
-            return -1
-
-    def _image_path(self, entry: Entry) -> Path:
+    def image_sizes(self, entries: Iterable[Entry]) -> Iterator[int]:
+        """Bytes of the image files that lines name; -1 where there is none."""
         with self._path.open("rb") as file:
-            file.seek(entry.offset)
-            return self._root / self._fields(file.readline(), "an entry")[0]
+            for entry in entries:
+                yield size_of_file(self._image_path(file, entry))
+
+    def _image_path(self, file: BinaryIO, entry: Entry) -> Path:
+        file.seek(entry.offset)
+        return self._root / self._fields(file.readline(), "an entry")[0]
 
     def _split(self, line: str) -> list[str]:
         line = line.rstrip("\r\n")

@@ -155,6 +155,30 @@ def test_parts_of_faces_with_other_landmarks_are_not_kept(
     assert "were replaced since" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("layout", ["flat", "folders", "list"])
+def test_a_link_to_nothing_is_an_unreadable_image_in_parts_too(place: Path, tmp_path: Path, layout: str) -> None:
+    faces, folder = tmp_path / "faces", tmp_path / "faces" / ("a" if layout == "folders" else "")
+    folder.mkdir(parents=True)
+    for number, face in enumerate(synthetic_faces(40, seed=1)):
+        (folder / f"{number}.jpg").write_bytes(encode_jpeg(face))
+        if number == 1:
+            break
+    (folder / "2.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "list.csv").write_text("".join(f"faces/{number}.jpg,a\n" for number in range(3)))
+    source = tmp_path / "list.csv" if layout == "list" else faces
+    assert main(["embed", str(place / "run"), str(source), "--threads", "1", "--out", str(tmp_path / "parts")]) == 0
+    assert read_embeddings(tmp_path / "parts").fte.tolist() == [False, False, True]
+
+
+def test_an_image_that_was_not_asked_for_may_be_added(place: Path, tmp_path: Path) -> None:
+    faces = shutil.copytree(place / "faces", tmp_path / "faces")
+    embed = ["embed", str(place / "run"), str(faces), "--threads", "1", "--take", "first", "--out"]
+    assert main([*embed, str(tmp_path / "parts")]) == 0
+    last = sorted(faces.rglob("*.jpg"))[-1]
+    shutil.copy(last, last.with_name("zz.jpg"))
+    assert main([*embed, str(tmp_path / "parts")]) == 0
+
+
 def test_every_process_gets_a_gpu_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     from launch.cmd_embed import _device, _devices
 

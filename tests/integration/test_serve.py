@@ -194,7 +194,7 @@ def test_an_address_for_others_needs_a_key_and_a_port_in_use_is_named(enrolled, 
 def test_a_device_that_is_not_there_is_refused(enrolled, capsys):
     command = ["serve", "--model", str(enrolled / "model.onnx"), "--gallery", str(enrolled / "gallery")]
     assert main([*command, "--device", "cuda:99"]) == 2
-    assert "device cuda:99: Faiss sees" in capsys.readouterr().err
+    assert "device cuda:99: PyTorch sees" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ WRITTEN = {
     "save_scores",
     "strength",
     "summary",
+    "timing_cache",
 }
 TYPES = [output, output_file, output_folder]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from aroface.errors import ConfigError
 from retrieval.gallery import flat_on_gpu
 from retrieval.gallery.flat_on_gpu import FlatOnGPU
 from retrieval.gallery.segments import Rows
@@ -57,3 +58,50 @@ def test_fewer_rows_than_devices(small):
     scores, rows = FlatOnGPU(Rows([vectors], DIM), [CPU] * 5, use_float16=False).search(vectors[1:], 2)
     assert rows.tolist() == [[1, 0]]
     assert scores[0, 0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
+def test_products_are_whole_float32_whatever_is_allowed(monkeypatch, precision):
+    products, seen = flat_on_gpu._products, []
+    monkeypatch.setattr(flat_on_gpu, "_products", lambda *given: seen.append(matmul.fp32_precision) or products(*given))
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        FlatOnGPU(Rows([unit(20, 0)], DIM), [CPU], use_float16=False).search(unit(2, 1), 3)
+        assert seen == ["ieee"]
+        assert matmul.fp32_precision == precision
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_blocks_shrink_until_there_is_room(monkeypatch, small):
+    monkeypatch.setattr(flat_on_gpu, "_BLOCK_SCORES", 1 << 13)
+    monkeypatch.setattr(flat_on_gpu, "_LEAST_SCORES", 1 << 5)
+    products, vectors, probes = flat_on_gpu._products, unit(999, 0), unit(4, 1)
+    room = 200
+
+    def limited(given, block):
+        if len(given) * len(block) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return products(given, block)
+
+    index = FlatOnGPU(Rows([vectors], DIM), [CPU, CPU], use_float16=False)
+    expected = index.search(probes, 5)
+    monkeypatch.setattr(flat_on_gpu, "_products", limited)
+    found = index.search(probes, 5)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    room = 0
+    with pytest.raises(ConfigError, match=r"search of 4 probes on 2 GPU.*choose cpu"):
+        index.search(probes, 5)
+
+
+def test_long_lists_are_made_of_few_probes_at_a_time(monkeypatch, small):
+    index = FlatOnGPU(Rows([unit(50, 0)], DIM), [CPU], use_float16=False)
+    expected = index.search(unit(7, 1), 50)
+    searched, search = [], index._search
+    monkeypatch.setattr(flat_on_gpu, "_BLOCK_PLACES", 100)
+    monkeypatch.setattr(index, "_search", lambda probes, count: searched.append(len(probes)) or search(probes, count))
+    found = index.search(unit(7, 1), 50)
+    assert searched == [2, 2, 2, 1]
+    np.testing.assert_array_equal(found[1], expected[1])

@@ -231,20 +231,6 @@ class TestDevices:
         assert found == gallery.search_range(PROBES[:3], threshold=-2.0)
         assert {len(near) for near in found} == {len(ENROLLED)}
 
-    def test_products_in_tf32_are_off_as_those_of_float16(self, built: dict[str, Path]) -> None:
-        gallery = Gallery.open(built["flat"])
-        exact, half = (self._source(gallery, 1, use_float16).tolerance for use_float16 in (False, True))
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            rounded = self._source(gallery, 1, use_float16=False).tolerance
-        finally:
-            torch.set_float32_matmul_precision(before)
-        assert rounded == half
-        assert exact is not None
-        assert half is not None
-        assert exact < half
-
     def test_the_longest_list_of_clusters_is_that_of_faiss(
         self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -343,7 +329,7 @@ class TestDevices:
     @pytest.mark.parametrize(
         ("kind", "owner", "name", "error"),
         [
-            ("flat", flat_on_gpu, "_uploaded", torch.OutOfMemoryError("CUDA out of memory.\nmore")),
+            ("flat", flat_on_gpu, "_uploaded", torch.AcceleratorError("CUDA out of memory.\nCompile with more")),
             ("ivf", faiss, "index_cpu_to_gpu_multiple_py", RuntimeError("a stack trace\ncudaMalloc out of memory.")),
         ],
     )
@@ -358,6 +344,17 @@ class TestDevices:
         gallery = Gallery.open(built[kind], device="cuda")
         with pytest.raises(ConfigError, match=r"out of memory\.\)\. Change it to fp16"):
             gallery.make_ready()
+
+    def test_an_fp16_gallery_that_does_not_fit_is_not_told_to_become_one(
+        self, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*args: Any, **options: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        stand_in_devices(monkeypatch, 1)
+        monkeypatch.setattr(flat_on_gpu, "_uploaded", full)
+        with pytest.raises(ConfigError, match=r"out of memory\.\)\. Name more GPUs, or choose cpu"):
+            Gallery.open(built["fp16"], device="cuda").make_ready()
 
     def test_devices_are_named_and_checked(self, built: dict[str, Path]) -> None:
         assert gpu_numbers("cpu") == []
