@@ -41,7 +41,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with _naming(path):
         if path.is_dir():  # before the work, and of `.` the system would say that it is busy
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.fchmod(handle, 0o644)

@@ -67,7 +67,11 @@ def test_a_system_error_names_the_file_that_was_meant(tmp_path):
         with temporary.open("wb") as file:
             np.save(file, np.zeros(1 << 16))
 
+    def read_badly(_):
+        raise OSError(errno.EIO, "Input/output error")  # of an input
+
     out = tmp_path / "out.bin"
+    assert write(out, read_badly) == (errno.EIO, None)
     assert write(out, fill) == (errno.ENOSPC, str(out))
     assert write(out, lambda temporary: temporary.mkdir()) == (errno.EEXIST, str(out))
     assert write(out, lambda temporary: (tmp_path / "none").read_bytes()) == (errno.ENOENT, str(tmp_path / "none"))
