@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aroface import __version__
 from aroface.config import TrainConfig, load_config
+from aroface.engine.schedule import check_share
 from aroface.errors import ConfigError
 from launch.outputs import output_file
 
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--gpu {args.gpu} is not known; choose from {', '.join(GPUS)}.")
     if args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus} must be 1 or more.")
+    if not args.grid:
+        check_share(config, args.gpus)
     classes, images = args.classes, args.images
     if classes is None or (images is None and not args.grid):
         classes, images = _from_data(config, classes, images)

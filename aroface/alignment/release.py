@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from aroface.alignment.attack import LossOf
 from aroface.alignment.warp import Alignment
+from aroface.config.alignment import release_counts
 from aroface.config.schema import AlignmentConfig
 
 __all__ = [
@@ -47,12 +48,6 @@ class ReleaseMix(NamedTuple):
 
     images: Tensor  #: (B, 3, H, W)
     labels: Tensor  #: (B,)
-
-
-def release_counts(batch: int, share: float) -> tuple[int, int]:
-    """Clean and warped images of a batch; their sum falls short of it where both products round down."""
-    ratio = 1 - share
-    return int(batch * ratio), int(batch * (1 - ratio))
 
 
 def draw_release(batch: int, config: AlignmentConfig, generator: torch.Generator) -> ReleaseDraws:

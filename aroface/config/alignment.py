@@ -13,6 +13,7 @@ __all__ = [
     "AlignmentConfig",
     "AlignmentKind",
     "ElasticConfig",
+    "release_counts",
 ]
 
 AlignmentKind = Literal["none", "random", "adversarial", "delayed", "best_of", "elastic"]
@@ -182,3 +183,9 @@ class AlignmentConfig(Section):
         """RMS distance that the start noise alone moves the farthest landmark, pixels of a 112-px face."""
         # At radius r: r ds outwards, r dphi across, and the two shifts.
         return 56 * self.start_noise * math.sqrt(2 * _FARTHEST_LANDMARK**2 + 2)
+
+
+def release_counts(batch: int, share: float) -> tuple[int, int]:
+    """Clean and warped images of a batch of the published code; their sum falls short of it where both round down."""
+    ratio = 1 - share
+    return int(batch * ratio), int(batch * (1 - ratio))

@@ -1,7 +1,7 @@
 """Strict YAML: no duplicate keys, numbers that are numbers, unknown keys refused with the nearest known one."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -36,6 +36,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no single value", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -59,8 +61,10 @@ def read_yaml(text: str, *, name: str) -> Any:
     """Parse YAML text strictly; `name` is what the error calls it."""
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derived from SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name} is not valid YAML: brackets are nested too deep.") from error
 
 
 def load_config(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model:
@@ -142,6 +146,8 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{path}.kind = {detail['ctx']['tag']!r} is unknown; choose from {detail['ctx']['expected_tags']}."
     if detail["type"] == "union_tag_not_found":
         return f"{path}.kind is missing."
+    if detail["type"] in ("model_type", "dict_type"):
+        return f"{path} = {detail['input']!r} is a value; it should be a section of settings."
     if not path or message.startswith(f"{path}."):  # it names the setting by itself
         return f"{message}."
     value = detail["input"]

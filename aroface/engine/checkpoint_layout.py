@@ -223,8 +223,9 @@ def resolve_checkpoint(path: Path) -> Path:
         return path
     found = newest_valid(path)
     if found is None:
-        what = "holds no whole checkpoint" if path.is_dir() else "is not a directory"
-        raise CheckpointError(f"{path} {what}; give a run directory or one of its step-NNNNNNNN directories.")
+        what = "holds no whole checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
+        brought = "; `aroface import` makes a run of weights of other projects" if path.is_file() else ""
+        raise CheckpointError(f"{path} {what}; give a run directory or one of its step-NNNNNNNN directories{brought}.")
     return found
 
 

@@ -13,7 +13,6 @@ from aroface.alignment import (
     draw_release,
     frozen_statistics,
     realign,
-    release_counts,
     release_mix,
 )
 from aroface.alignment.delayed import Mixed
@@ -23,9 +22,8 @@ from aroface.contract import InputContract
 from aroface.distributed import all_reduce
 from aroface.engine.compiled import untouched
 from aroface.engine.deepspeed_engine import BackboneEngine
-from aroface.engine.schedule import accumulation_steps
+from aroface.engine.schedule import accumulation_steps, check_share
 from aroface.engine.seeding import derive_generator, derive_seed
-from aroface.errors import ConfigError
 from aroface.heads import ShardedHead
 from aroface.preprocess import normalise
 from aroface.types import Batch
@@ -70,7 +68,7 @@ class FaceTask:
         self._layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._nothing = torch.empty(0, dtype=torch.int64, device=device)
         accumulation = accumulation_steps(config, head.world_size)
-        _check_share(config, config.batch.global_batch // (accumulation * head.world_size))
+        check_share(config, head.world_size)
         self._delayed = (
             DelayedAttack(config.alignment, slots=accumulation, fill=self._fill)
             if config.alignment.kind == "delayed"
@@ -200,29 +198,3 @@ class FaceTask:
 
     def _generator(self, purpose: str, micro_step: int) -> torch.Generator:
         return derive_generator(self.config.seed, purpose, step=micro_step, rank=self._rank, device=self._device)
-
-
-def _check_share(config: TrainConfig, micro_batch: int) -> None:
-    alignment = config.alignment
-    if alignment.kind == "none":
-        return
-    count = round(alignment.share * micro_batch)
-    if count == 0:
-        raise ConfigError(
-            f"alignment.share = {alignment.share} of {micro_batch} images per rank and micro-batch is no image; raise "
-            "alignment.share or batch.micro_batch, or set alignment.kind: none."
-        )
-    if alignment.release_compat and sum(release_counts(micro_batch, alignment.share)) != micro_batch:
-        clean, warped = release_counts(micro_batch, alignment.share)
-        raise ConfigError(
-            f"alignment.release_compat with alignment.share = {alignment.share} makes {clean} + {warped} of "
-            f"{micro_batch} images, where the published code stops as well; use a multiple of 1/8 and a "
-            "batch that 8 divides (0.25: 4, 0.5: 2), or release_compat: false."
-        )
-    has_pass = alignment.kind in ("adversarial", "best_of", "elastic") or alignment.consistency_weight > 0
-    if count == 1 and has_pass and alignment.batch_statistics != "running":
-        raise ConfigError(
-            f"alignment.share = {alignment.share} of {micro_batch} images per rank and micro-batch is one image, which "
-            "has no batch statistics; raise alignment.share or batch.micro_batch, or set "
-            "alignment.batch_statistics: running."
-        )

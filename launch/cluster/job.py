@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aroface.config import TrainConfig
-from aroface.engine.schedule import accumulation_steps
+from aroface.engine.schedule import check_share
 from aroface.errors import ConfigError
 from launch.cluster.hosts import Host
 
@@ -42,7 +42,8 @@ def check_job(job: Job, config: TrainConfig) -> None:
     """Refuse what cannot run, before any node is asked.
 
     Raises:
-        ConfigError: batch sizes that do not multiply out over the ranks, or a port that is none.
+        ConfigError: batch sizes that do not multiply out over the ranks, a share of them that is too small to be
+            attacked, or a port that is none.
     """
     if job.master_port not in _PORTS:
         raise ConfigError(
@@ -50,7 +51,7 @@ def check_job(job: Job, config: TrainConfig) -> None:
             f"{_PORTS.stop - 1}."
         )
     try:
-        accumulation_steps(config, job.world_size)
+        check_share(config, job.world_size)
     except ConfigError as error:
         slots = " + ".join(str(host.slots) for host in job.hosts)
         raise ConfigError(f"{error} The ranks are those of {len(job.hosts)} node(s): {slots}.") from error

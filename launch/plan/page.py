@@ -155,7 +155,7 @@ def _warning(work: Workload, result: Plan, fixes: Sequence[tuple[str, Plan]], gp
         slower = other.time.total / result.time.total
         lines.append(f"  set {name}: {other.memory.total / _GIB:.1f} GiB, {slower:.2f}x the time of a step")
     if gpus is None:
-        lines.append("  more GPUs alone do not help.")
+        lines.append(f"  more GPUs at {work.micro_batch} images each do not help.")
     else:
         lines.append(
             f"  or {gpus} x {gpu.name} at {work.micro_batch} images each (batch.global_batch="

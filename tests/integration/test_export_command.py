@@ -168,7 +168,7 @@ def test_the_exporter_prints_nothing_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing", "--out", "m.onnx"], "is not a directory; give a run directory"),
+        (["missing", "--out", "m.onnx"], "does not exist; give a run directory"),
         (["run", "--out", "m.onnx", "--precision", "int8"], "name some with --calibration"),
         (["run", "--out", "m.onnx", "--precision", "int8", "--faces", "faces"], "--accuracy-set"),
         (["run", "--out", "m.onnx", "--opset", "7"], "20 to 28 can"),

@@ -190,7 +190,7 @@ def test_bad_settings_are_named(tmp_path, drawn_shards, capsys, overrides, messa
 
 def test_resume_with_nothing_to_resume(tmp_path, drawn_shards, capsys):
     assert train(tmp_path / "run", drawn_shards, options=["--resume", str(tmp_path / "nowhere")]) == 2
-    assert "is not a directory; give a run directory" in capsys.readouterr().err
+    assert "does not exist; give a run directory" in capsys.readouterr().err
 
 
 def test_run_directory_of_another_configuration_is_refused(tmp_path, drawn_shards, capsys):

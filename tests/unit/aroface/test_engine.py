@@ -138,7 +138,7 @@ def test_missing_file_is_named(tmp_path):
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         resolve_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="is not a directory"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         resolve_checkpoint(tmp_path / "nowhere")
 
 

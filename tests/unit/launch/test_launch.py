@@ -36,7 +36,16 @@ def hostfile(tmp_path):
 
 def printed(capsys, *arguments):
     """Comment -> words of each command of a dry run."""
-    words = ["launch", CONFIG, "batch.micro_batch=2", "--run", "runs/my run", "--dry-run", *map(str, arguments)]
+    words = [
+        "launch",
+        CONFIG,
+        "batch.micro_batch=2",
+        "alignment.share=1",
+        "--run",
+        "runs/my run",
+        "--dry-run",
+        *map(str, arguments),
+    ]
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     return {
@@ -95,6 +104,13 @@ def test_batches_that_do_not_multiply_out_over_the_nodes_name_all_four_numbers(h
     message = capsys.readouterr().err
     assert "micro_batch 8 x accumulation 0.6667 x 3 ranks = batch.global_batch 16" in message
     assert "those of 2 node(s): 2 + 1" in message
+
+
+def test_a_share_that_cannot_be_attacked_is_refused_before_any_node_is_asked(hostfile, capsys):
+    words = ["launch", CONFIG, "batch.micro_batch=4", "--run", "r", "--hostfile", str(hostfile), "--dry-run"]
+    assert main(words) == 2
+    assert "alignment.share = 0.25 of 4 images per rank and micro-batch is one image" in capsys.readouterr().err
+    assert main([*words, "alignment.batch_statistics=running"]) == 0
 
 
 def test_choosing_takes_the_first_hosts():
@@ -187,9 +203,23 @@ def test_options_that_are_missing_are_asked_for(capsys, hostfile, monkeypatch):
         (("--launcher", "slurm"), "works inside an allocation; submit launch/slurm/train.sbatch"),
         (("--hostfile", str(hostfile), "--env", "NOT_SET_ANYWHERE"), "write --env NOT_SET_ANYWHERE=VALUE"),
     ):
-        assert main(["launch", CONFIG, "batch.micro_batch=2", "--run", "r", "--dry-run", *options]) == 2
+        assert (
+            main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r", "--dry-run", *options])
+            == 2
+        )
         assert message in capsys.readouterr().err
-    words = ["launch", CONFIG, "batch.micro_batch=2", "--run", "r", "--launcher", "no-ssh", "--hostfile", str(hostfile)]
+    words = [
+        "launch",
+        CONFIG,
+        "batch.micro_batch=2",
+        "alignment.share=1",
+        "--run",
+        "r",
+        "--launcher",
+        "no-ssh",
+        "--hostfile",
+        str(hostfile),
+    ]
     assert main([*words, "--node-rank", "2"]) == 2
     assert "give each node its own, from 0 to 1" in capsys.readouterr().err
 
@@ -216,7 +246,7 @@ def test_slurm_starts_every_rank_with_srun(capsys, slurm):
     assert words[:7] == ["srun", "--nodes", "2", "--ntasks", "8", "--ntasks-per-node", "4"]
     assert "--kill-on-bad-exit=1" in words
     assert words[words.index("launch.cluster.slurm_rank") + 1 :][:3] == ["n1", "29500", "train"]
-    assert train_arguments(words).overrides == ["batch.micro_batch=2"]
+    assert train_arguments(words).overrides == ["batch.micro_batch=2", "alignment.share=1"]
     check = commands["check, inside the allocation"]
     assert check[:7] == ["srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
     assert "--node-rank" not in check
@@ -224,11 +254,11 @@ def test_slurm_starts_every_rank_with_srun(capsys, slurm):
 
 
 def test_slurm_refuses_other_nodes_and_passes_on_a_failed_check(capsys, slurm):
-    assert main(["launch", CONFIG, "batch.micro_batch=2", "--run", "r", "--nodes", "3"]) == 2
+    assert main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r", "--nodes", "3"]) == 2
     assert "--nodes 3 does not fit the allocation, which has 2" in capsys.readouterr().err
-    assert main(["launch", CONFIG, "batch.micro_batch=2", "--run", "r"]) == 2
+    assert main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r"]) == 2
     assert "Nothing was started" in capsys.readouterr().err
-    assert main(["launch", CONFIG, "batch.micro_batch=2", "--run", "r", "--no-preflight"]) == 3
+    assert main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r", "--no-preflight"]) == 3
 
 
 def test_slurm_tasks_get_the_environment_of_pytorch():
@@ -319,7 +349,16 @@ def test_an_unreachable_host_is_named_and_nothing_waits(tmp_path, hostfile, monk
     for name in ("ssh", "pdsh"):
         (tmp_path / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    words = ["launch", CONFIG, "batch.micro_batch=2", "--run", str(tmp_path / "run"), "--hostfile", str(hostfile)]
+    words = [
+        "launch",
+        CONFIG,
+        "batch.micro_batch=2",
+        "alignment.share=1",
+        "--run",
+        str(tmp_path / "run"),
+        "--hostfile",
+        str(hostfile),
+    ]
     assert main(words) == 2
     assert not (tmp_path / "was-waited-for").exists()
     message = capsys.readouterr().err

@@ -328,6 +328,7 @@ def test_wrong_options_are_explained(capsys):
         (("--gpus", "1", "--gpu", "abacus", "--classes", "10"), "choose from a100-40"),
         (("--gpus", "0", "--classes", "10"), "must be 1 or more"),
         (("--gpus", "3", "--classes", "10"), "Batch sizes disagree"),
+        (("--gpus", "1", "--classes", "10", "batch.micro_batch=1"), "of 1 images per rank and micro-batch is no image"),
         (("--gpus", "1"), "give --classes C"),
         (("--gpus", "1", "--classes", "10", "--overlap", "2"), "--overlap 2.0 is a share"),
         (("--gpus", "1", "--classes", "10", "--head-efficiency", "0"), "--head-efficiency 0.0 is a share"),
