@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from aroface.config import TrainConfig, load_config
 from aroface.devices import local_ranks
+from launch.outputs import output_folder
 from launch.threads import free_cores
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with the whole configuration")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change; values are YAML")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
+    parser.add_argument("--run", type=output_folder, required=True, metavar="DIR", help="run directory")
     parser.add_argument(
         "--resume",
         default="auto",

@@ -77,6 +77,7 @@ def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
+        ("train", "no.yaml", "--run", "FILE"),
         ("embed", "no-model", "no-images", "--out", "FOLDER.npz"),
         ("embed", "no-model", "no-images", "--out", "FILE/x.npz"),
         ("embed", "no-model", "no-images", "--out", "FILE"),
@@ -98,7 +99,8 @@ def test_a_place_that_cannot_be_written_is_told_first(
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert "; name a" in error
-    assert f"argument {'--details' if '--details' in command else '--out'}: " in error
+    written = next(option for option in ("--details", "--run", "--out") if option in command)
+    assert f"argument {written}: " in error
 
 
 def test_the_result_is_written_before_what_stands_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
