@@ -122,10 +122,30 @@ def test_every_batch_of_an_evaluation_shows_that_the_rank_is_alive(drawn_faces):
     assert len(beats) > 2 * images // 10
 
 
-def test_a_metric_that_does_not_exist_is_named(drawn_faces, tmp_path):
-    best = "{set: lq, metric: rank_1@13px}"
-    with pytest.raises(ConfigError, match=r"rank_1@13px is no number of the set lq; choose from .*rank_1@14px"):
+@pytest.mark.parametrize(
+    ("best", "told"),
+    [
+        (
+            "{set: lq, metric: rank_1@13px}",
+            r"rank_1@13px is no number that the set lq gives; choose from .*rank_1@14px",
+        ),
+        (
+            "{set: pairs, metric: accuracy}",
+            r"metric = accuracy is .* choose from accuracy_best_threshold, tar@far=1e-1",
+        ),
+    ],
+    ids=["misspelt", "null on drawn pairs"],
+)
+def test_a_metric_that_does_not_exist_is_named_before_the_first_step(drawn_faces, tmp_path, best, told):
+    with pytest.raises(ConfigError, match=told):
         train(tmp_path / "run", evaluate(drawn_faces, best=best), evaluators=evaluators(drawn_faces, best=best))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_names_of_the_numbers_are_known_without_a_model(drawn_faces):
+    for evaluator in evaluators(drawn_faces):
+        numbers = evaluator.evaluate(MeanColour())
+        assert set(evaluator.metric_names()) == {name for name, value in numbers.items() if value is not None}
 
 
 def test_sets_have_names_of_their_own():
