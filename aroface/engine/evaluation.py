@@ -60,7 +60,7 @@ class PeriodicEvaluation:
             if by and by.set == evaluator.name and by.metric not in (names := evaluator.metric_names()):
                 raise ConfigError(
                     f"evaluate.best.metric = {by.metric} is no number that the set {by.set} gives; choose from "
-                    f"{', '.join(sorted(names))}."
+                    f"{', '.join(sorted(names)) or 'those of another set'}."
                 )
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
