@@ -6,7 +6,7 @@ protocol, so that `shards`, `export`, `retrieval` and the trainer need not know 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,6 +93,10 @@ class Evaluator(Protocol):
     @property
     def name(self) -> str:
         """What the metrics log calls it."""
+        ...
+
+    def metric_names(self) -> Collection[str]:
+        """What `evaluate` gives a number for, known without a model; what is null on this set is left out."""
         ...
 
     def evaluate(self, embedder: Embedder) -> Mapping[str, float | None]:

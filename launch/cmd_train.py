@@ -5,6 +5,7 @@ with the same command it continues where it stopped; SIGTERM and Ctrl-C finish t
 """
 
 import argparse
+import logging
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,9 @@ from launch.threads import free_cores
 
 if TYPE_CHECKING:
     from aroface.engine.trainer import Resume
+    from aroface.types import TrainingData
+
+_log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     trainer = Trainer(config, data, args.run, resume=resume, overrides=args.overrides, evaluators=evaluators)
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
+        _warn(config, data)
         print(trainer.describe(), flush=True)
     if args.check:
         loss = trainer.check()
@@ -68,3 +73,22 @@ def run(args: argparse.Namespace) -> int:
         loss_text = "" if result.loss is None else f", loss {result.loss:.3f}"
         print(f"{state} step {result.position.step} of {result.total_steps}{loss_text}; checkpoints in {args.run}")
     return 0
+
+
+def _warn(config: TrainConfig, data: "TrainingData") -> None:
+    """Tell what can be trained, but to no purpose."""
+    if data.num_classes == 1:
+        _log.warning(
+            "data.shards has one identity: there is nobody to tell it from, the loss is 0 and nothing is learnt. Name "
+            "shards of two identities at least."
+        )
+    batch, samples = config.batch.global_batch, data.num_samples
+    if batch > samples:
+        _log.warning(
+            "batch.global_batch = %d is more than the %d images of data.shards: a step is %.3g epochs, with images "
+            "more than once. Set it to %d at most, or name more images.",
+            batch,
+            samples,
+            batch / samples,
+            samples,
+        )

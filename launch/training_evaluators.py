@@ -1,6 +1,7 @@
 """The evaluators that a training configuration names: `evaluate.sets`, each spread over the ranks that train."""
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,23 @@ def embed_by_turns(
     return Extraction(result, {})
 
 
-class _LfwLq:
+class _Set(ABC):
+    """What measures a set, with a model or without."""
+
+    @abstractmethod
+    def _measure(self, embedder: Any, extract: "Callable[..., Extraction]") -> dict[str, float | None]:
+        """The numbers; `extract` is called as `embed_by_turns`."""
+
+    def metric_names(self) -> Collection[str]:
+        """See `aroface.types.Evaluator`."""
+        return [name for name, value in self._measure(None, _draw).items() if value is not None]
+
+    def evaluate(self, embedder: Embedder) -> Mapping[str, float | None]:
+        """See `aroface.types.Evaluator`."""
+        return self._measure(embedder, embed_by_turns)
+
+
+class _LfwLq(_Set):
     """Degraded probes among clean faces: rank-1 per size, and the verification of clean pairs."""
 
     def __init__(self, config: LfwLqSet, batch_size: int) -> None:
@@ -88,17 +105,16 @@ class _LfwLq:
             tuple(config.sizes_px), severity=config.severity, flip=config.flip, batch_size=batch_size
         )
 
-    def evaluate(self, embedder: Embedder) -> Mapping[str, float | None]:
-        """See `aroface.types.Evaluator`."""
+    def _measure(self, embedder: Any, extract: "Callable[..., Extraction]") -> dict[str, float | None]:
         from retrieval.protocols.lfw_lq import evaluate_lfw_lq
 
         record = evaluate_lfw_lq(
-            embedder, self._faces, self._settings, pairs=self._pairs, on_progress=_ignore, extract=embed_by_turns
+            embedder, self._faces, self._settings, pairs=self._pairs, on_progress=_ignore, extract=extract
         )
         return _values(record["metrics"])
 
 
-class _Verification:
+class _Verification(_Set):
     """Pairs of a .bin, of a list, or drawn."""
 
     def __init__(self, config: VerificationSet, batch_size: int) -> None:
@@ -106,19 +122,17 @@ class _Verification:
         self._faces, self._pairs = _faces_and_pairs(config)
         self._options = {"flip": config.flip, "batch_size": batch_size}
 
-    def evaluate(self, embedder: Embedder) -> Mapping[str, float | None]:
-        """See `aroface.types.Evaluator`."""
+    def _measure(self, embedder: Any, extract: "Callable[..., Extraction]") -> dict[str, float | None]:
         from retrieval.metrics import evaluate_pairs, pair_scores
         from retrieval.protocols.lfw_pairs import fold_accuracy
         from retrieval.results import verification_record
 
         first, second, same = self._pairs
         used, places = np.unique(np.concatenate([first, second]), return_inverse=True)
-        faces = embed_by_turns(embedder, self._faces, indices=used.tolist(), **self._options).embeddings
+        faces = extract(embedder, self._faces, indices=used.tolist(), **self._options).embeddings
         scores = pair_scores(faces, places[: len(first)], places[len(first) :])
         result = evaluate_pairs(scores, same, fars=[float(far) for far in _FARS])
         values = _values(verification_record(result, far_labels=_FARS)["metrics"])
-        values["accuracy_best_threshold"] = values.pop("accuracy")
         folds, _ = fold_accuracy(scores, same)
         return values | {"accuracy": None if folds is None else float(folds.mean)}
 
@@ -141,8 +155,19 @@ def _faces_and_pairs(config: VerificationSet) -> "tuple[FaceSet, Pairs]":
     return faces, read(keys=faces.keys, identities=faces.identities, max_missing=config.max_missing_pairs)[0]
 
 
+def _draw(_: object, face_set: FaceSet, *, indices: Sequence[int], **__: object) -> "Extraction":
+    """Vectors drawn in place of embeddings, without a look at the images."""
+    from retrieval.embeddings import EmbeddingSet
+    from retrieval.extraction import Extraction
+
+    vectors = np.random.default_rng(0).standard_normal((len(indices), 8), np.float32)
+    return Extraction(EmbeddingSet(vectors, np.array([face_set.identities[index] for index in indices])), {})
+
+
 def _values(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    return {name: None if entry["value"] is None else float(entry["value"]) for name, entry in metrics.items()}
+    """The numbers alone; an accuracy at the best threshold of the same pairs goes by the name that says so."""
+    values = {name: None if entry["value"] is None else float(entry["value"]) for name, entry in metrics.items()}
+    return values | {"accuracy_best_threshold": values.pop("accuracy")}
 
 
 def _ignore(done: int) -> None:

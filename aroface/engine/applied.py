@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from aroface.distributed import rank
+from aroface.engine.checkpoint_layout import list_checkpoints
 from aroface.engine.joint_update import NonFiniteError
 from aroface.errors import ArofaceError
 
@@ -21,6 +23,8 @@ class AppliedStep:
     losses: Tensor  #: (micro-batches,)
     samples: Tensor  #: of this rank
     describe: Callable[[int], str]  #: names a sample
+    run: Path  #: where checkpoints lie, if there are any
+    precision: str
 
     @contextmanager
     def faults(self) -> Iterator[None]:
@@ -29,9 +33,14 @@ class AppliedStep:
             yield
         except NonFiniteError as error:
             names = ", ".join(self.describe(sample) for sample in self.samples[:8].tolist())
+            kept = (
+                "the newest checkpoint is good" if list_checkpoints(self.run) else f"{self.run} has no checkpoint yet"
+            )
+            ways = ["lower optim.lr_per_1024", "lengthen schedule.warmup_epochs"]
+            if self.precision != "fp32":
+                ways.append("set engine.precision: fp32")
             raise ArofaceError(
                 f"Step {self.number}: the {error} is not finite (loss {float(self.losses.mean()):.4g} on rank "
-                f"{rank()}). Nothing was updated; the newest checkpoint is good. The batch of this rank begins with "
-                f"{names}. Look at these images, lower optim.lr_per_1024, lengthen schedule.warmup_epochs, or set "
-                "engine.precision: fp32."
+                f"{rank()}). Nothing was updated; {kept}. The batch of this rank begins with {names}. "
+                f"Look at these images, {', '.join(ways[:-1])}, or {ways[-1]}."
             ) from error

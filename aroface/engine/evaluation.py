@@ -48,10 +48,20 @@ class PeriodicEvaluation:
         config: what is evaluated and what selects.
         evaluators: one per set, in order; each is called on all ranks at once.
         best: the best of an earlier part of the run.
+
+    Raises:
+        ConfigError: `evaluate.best` names a number that its set does not give.
     """
 
     def __init__(self, config: EvaluateConfig, evaluators: Sequence[Evaluator], *, best: Best | None) -> None:
         self._config, self._evaluators, self.best = config, evaluators, best
+        by = config.best
+        for evaluator in evaluators:
+            if by and by.set == evaluator.name and by.metric not in (names := evaluator.metric_names()):
+                raise ConfigError(
+                    f"evaluate.best.metric = {by.metric} is no number that the set {by.set} gives; choose from "
+                    f"{', '.join(sorted(names)) or 'those of another set'}."
+                )
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether the model is evaluated after `step`."""
@@ -67,9 +77,6 @@ class PeriodicEvaluation:
             step: optimiser steps taken.
             samples: images seen.
             on_progress: called after every batch of images and after every set.
-
-        Raises:
-            ConfigError: `evaluate.best` names a number that its set does not give.
         """
         lines = []
         for evaluator in self._evaluators:
@@ -85,11 +92,6 @@ class PeriodicEvaluation:
         by = self._config.best
         if by is None or by.set != name:
             return False
-        if by.metric not in metrics:
-            raise ConfigError(
-                f"evaluate.best.metric = {by.metric} is no number of the set {name}; choose from "
-                f"{', '.join(sorted(metrics))}."
-            )
         value = metrics[by.metric]
         if value is None or not math.isfinite(value) or (self.best is not None and value <= self.best.value):
             return False

@@ -323,7 +323,8 @@ class Trainer:
         The step before is settled first, when this one has been asked of the device: the host is one step ahead.
         """
         self._settle()
-        applied = AppliedStep(self.position.step + 1, losses, samples, self._data.describe)
+        step, precision = self.position.step + 1, self.config.engine.precision
+        applied = AppliedStep(step, losses, samples, self._data.describe, self._run, precision)
         with applied.faults():
             report = self._update(losses, lr)
         if report.was_skipped:

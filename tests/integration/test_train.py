@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from aroface.engine.deepspeed_engine import BackboneEngine
 from launch.cli import main
+from shards.pack import PackOptions, pack
+from shards.synthetic import write_synthetic
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "smoke" / "tiny.yaml")
 
@@ -209,6 +211,24 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_batch(tmp_path, d
     assert "shard-000000.tar: id_" in message
     for directory in (tmp_path / "run").glob("step-*"):
         assert all(torch.isfinite(value).all() for value in load_file(directory / "backbone.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("identities", "batch", "told"),
+    [
+        (1, 8, ["data.shards has one identity: .* Name shards of two identities at least"]),
+        (2, 12, [r"batch\.global_batch = 12 is more than the 8 images .* a step is 1\.5 epochs.* Set it to 8 at most"]),
+        (2, 8, []),
+    ],
+)
+def test_a_training_to_no_purpose_is_a_warning(tmp_path, caplog, identities, batch, told):
+    write_synthetic(tmp_path / "faces", identities=identities, images_per_identity=8 // identities, seed=0)
+    pack(tmp_path / "faces", tmp_path / "shards", PackOptions())
+    settings = (f"batch={{global_batch: {batch}}}", "schedule.warmup_epochs=0")
+    assert train(tmp_path / "run", tmp_path / "shards", *settings, options=["--check"]) == 0
+    warnings = [record.getMessage() for record in caplog.records if record.name == "launch.cmd_train"]
+    assert len(warnings) == len(told)
+    assert all(re.search(pattern, text) for pattern, text in zip(told, warnings, strict=True))
 
 
 def test_the_run_directory_says_what_ran(tmp_path, drawn_shards):

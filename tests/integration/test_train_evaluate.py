@@ -71,6 +71,7 @@ def test_the_numbers_are_those_of_the_command(trained, drawn_faces, tmp_path):
     assert main([*command, "--threads", "1", "--out", str(out)]) == 0
     offline = {name: entry["value"] for name, entry in json.loads(out.read_text())["metrics"].items()}
     online = next(line for line in evaluations(run) if line["step"] == 6 and line["evaluation"] == "lq")["metrics"]
+    offline["accuracy_best_threshold"] = offline.pop("accuracy")
     assert online.keys() == offline.keys()
     for name, value in offline.items():
         assert online[name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
@@ -122,10 +123,30 @@ def test_every_batch_of_an_evaluation_shows_that_the_rank_is_alive(drawn_faces):
     assert len(beats) > 2 * images // 10
 
 
-def test_a_metric_that_does_not_exist_is_named(drawn_faces, tmp_path):
-    best = "{set: lq, metric: rank_1@13px}"
-    with pytest.raises(ConfigError, match=r"rank_1@13px is no number of the set lq; choose from .*rank_1@14px"):
+@pytest.mark.parametrize(
+    ("best", "told"),
+    [
+        (
+            "{set: lq, metric: rank_1@13px}",
+            r"rank_1@13px is no number that the set lq gives; choose from .*rank_1@14px",
+        ),
+        (
+            "{set: pairs, metric: accuracy}",
+            r"metric = accuracy is .* choose from accuracy_best_threshold, tar@far=1e-1",
+        ),
+    ],
+    ids=["misspelt", "null on drawn pairs"],
+)
+def test_a_metric_that_does_not_exist_is_named_before_the_first_step(drawn_faces, tmp_path, best, told):
+    with pytest.raises(ConfigError, match=told):
         train(tmp_path / "run", evaluate(drawn_faces, best=best), evaluators=evaluators(drawn_faces, best=best))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_names_of_the_numbers_are_known_without_a_model(drawn_faces):
+    for evaluator in evaluators(drawn_faces):
+        numbers = evaluator.evaluate(MeanColour())
+        assert set(evaluator.metric_names()) == {name for name, value in numbers.items() if value is not None}
 
 
 def test_sets_have_names_of_their_own():

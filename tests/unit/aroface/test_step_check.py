@@ -36,6 +36,33 @@ def test_nothing_is_updated_and_the_step_is_named(tmp_path, stage, every):
     assert not list((tmp_path / "run").glob("step-*"))
 
 
+@pytest.mark.parametrize(
+    ("every", "precision", "told"),
+    [
+        (1, "bf16", r"the newest checkpoint is good\..* schedule\.warmup_epochs, or set engine\.precision: fp32\.$"),
+        (
+            100,
+            "fp32",
+            r"run has no checkpoint yet\..* lower optim\.lr_per_1024, or lengthen schedule\.warmup_epochs\.$",
+        ),
+    ],
+)
+def test_the_advice_is_true_of_this_run(tmp_path, every, precision, told):
+    saves = f"checkpoint={{every_steps: {every}, background: false}}"
+    config = config_of(saves, f"engine.precision={precision}")
+    trainer = Trainer(config, DrawnData(), tmp_path / "run", resume="auto")
+    update = trainer._update
+
+    def poisoned(losses, lr):
+        if trainer.position.step == 1:
+            losses = losses * torch.nan
+        return update(losses, lr)
+
+    trainer._update = poisoned
+    with pytest.raises(ArofaceError, match=told):
+        trainer.train()
+
+
 def state(trainer):
     """Weights and momenta of both."""
     engine = trainer._engine
