@@ -1,5 +1,6 @@
 """A folder tree `identity/image.jpg`."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from aroface.errors import DataError
 from shards.sources.base import Entry, entry_of_path
 
 __all__ = ["FolderSource"]
+
+logger = logging.getLogger(__name__)
 
 
 class FolderSource:
@@ -20,10 +23,12 @@ class FolderSource:
 
     def entries(self) -> Iterator[Entry]:
         """Every image; `check` is made of the time of modification."""
+        folder_of: dict[str, str] = {}
         for directory, names in _folders(self._root):
             prefix = os.path.relpath(directory, self._root)
             for name in names:
-                found = entry_of_path(name if prefix == "." else f"{prefix}/{name}", source=str(self._root))
+                path = name if prefix == "." else f"{prefix}/{name}"
+                found = entry_of_path(path, source=str(self._root), folder_of=folder_of)
                 if found is not None:
                     identity, image, folder = found
                     length, check = _length_and_check(os.path.join(directory, name))
