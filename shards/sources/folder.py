@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class FolderSource:
-    """Images under one folder; links to folders are followed, each folder is read once."""
+    """Images under one folder; links to folders are followed, each folder is read once, by its own name."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
@@ -53,15 +54,25 @@ def _length_and_check(path: str) -> tuple[int, int]:
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under `root` with the names of its files."""
+    """Every folder under `root` with the names of its files, by its own name before that of any link to it."""
     seen: set[tuple[int, int]] = set()
-    for directory, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above would be walked for ever
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        yield directory, files
+    waiting, left_out = deque([str(root)]), list[str]()
+    while waiting:
+        for directory, folders, files in os.walk(waiting.popleft(), onerror=_refuse):
+            status = os.stat(directory)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above would be walked for ever
+                folders.clear()
+                left_out.append(directory)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            waiting += sorted(path for name in folders if os.path.islink(path := os.path.join(directory, name)))
+            yield directory, files
+    if left_out:
+        logger.warning(
+            "%s leads to a folder that is read under another name (%d such in all); it is left out.",
+            left_out[0],
+            len(left_out),
+        )
 
 
 def _refuse(error: OSError) -> None:

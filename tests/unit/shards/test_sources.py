@@ -332,3 +332,18 @@ def test_a_link_to_nothing_is_an_unreadable_image(tmp_path: Path) -> None:
     faces = open_face_set(tmp_path / "faces")
     with pytest.raises(DataError, match=r"9.jpg cannot be read"):  # `embed` marks it as a failure to enrol
         faces.read(list(faces.keys).index("ada/9.jpg"))
+
+
+def test_a_link_beside_its_folder_does_not_take_the_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder_of(tmp_path / "faces")
+    (root / "aaa").symlink_to(root / "ada")
+    (root / "0").mkdir()
+    (root / "0" / "deep").symlink_to(root / "bob")
+    (root / "0" / "loop").symlink_to(root)
+    assert content(open_source(root)) == FACES
+    assert "0/deep" in caplog.text or "aaa" in caplog.text
+    assert "read under another name (3 such in all)" in caplog.text
+    elsewhere = tmp_path / "links"
+    elsewhere.mkdir()
+    (elsewhere / "dan").symlink_to(root / "ada")
+    assert set(content(open_source(elsewhere))) == {f"dan/{i}.jpg" for i in range(3)}
