@@ -91,6 +91,11 @@ def _repair(shards: Path, out: Path) -> int:
     manifest = result.manifest
     print(f"saved    {manifest.num_samples:,} images of {manifest.num_classes:,} identities in {out}")
     print(f"dropped  {len(result.dropped):,} ({out / DROPPED_NAME})")
+    if result.names_from_keys or result.names_lost:
+        print(
+            f"names    {result.names_from_keys:,} that identities.csv did not tell are the folders of their images, "
+            f"{result.names_lost:,} are lost (class_XXXXXXXX)"
+        )
     if result.renumbered:
         print(f"renumbered {result.renumbered:,} classes (identity_map.csv): others lost all their images")
     return 0

@@ -4,8 +4,10 @@ What tells a good sample from a bad one is the decoder, the label and, where byt
 flipped byte that leaves a JPEG readable cannot be told from a good image and stays.
 """
 
-from collections import Counter
-from collections.abc import Callable
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from aroface.errors import DataError
 from aroface.files import new_directory, sha256_of, write_csv, write_json
 from aroface.images import decode_rgb
 from shards.manifest import (
+    IDENTITIES_NAME,
     MANIFEST_NAME,
     Identity,
     Index,
@@ -38,13 +41,16 @@ class Repair:
     manifest: Manifest
     dropped: list[tuple[str, str, str]] = field(default_factory=list)  #: (shard, key or empty, reason)
     renumbered: int = 0  #: classes that got another index because others lost all their images
+    names_from_keys: int = 0  #: classes whose name was taken from the keys of their images
+    names_lost: int = 0  #: classes that are called class_XXXXXXXX because nothing tells their name
 
 
 def repair(directory: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Repair:
     """Write a clean copy; the original is not touched.
 
     Classes keep their index unless one lost all its images: then the rest are numbered anew without gaps, and
-    `identity_map.csv` tells old and new. Shards keep their names; one without a good sample is left out.
+    `identity_map.csv` tells old and new. A name that identities.csv does not tell is taken from the keys of the images,
+    which lie in the folder of their identity. Shards keep their names; one without a good sample is left out.
 
     Args:
         directory: shards, perhaps without some of manifest, identities.csv, indices.
@@ -59,8 +65,8 @@ def repair(directory: Path, out: Path, *, progress: Callable[[int, int], None] =
         raise DataError(f"{directory} holds no shard (.tar), so there is nothing to repair.")
     new_directory(out, what="Output")
     old = _manifest_or_none(directory)
-    names = _identity_names(directory, old)
-    salvage = _Salvage(directory, old, None if names is None else len(names))
+    told = _told_names(directory)
+    salvage = _Salvage(directory, old, _count_identities(directory))
     kept = []
     for number, tar in enumerate(tars):
         kept.append(salvage.samples_of(tar))
@@ -75,7 +81,8 @@ def repair(directory: Path, out: Path, *, progress: Callable[[int, int], None] =
         entry = _copy(tar, out, samples, new_label, sizes)
         entries += [entry] if entry else []
         progress(len(tars) + number + 1, 2 * len(tars))
-    named = {label: names[label] if names else f"class_{label:08d}" for label in present}
+    from_keys = _names_of_keys((s for samples in kept for s in samples), told)
+    named = {label: told.get(label) or from_keys.get(label) or f"class_{label:08d}" for label in present}
     identities = [Identity(new_label[label], named[label], counts[label]) for label in present]
     manifest = Manifest(
         num_samples=sum(entry.samples for entry in entries),
@@ -94,7 +101,7 @@ def repair(directory: Path, out: Path, *, progress: Callable[[int, int], None] =
         rows = [(new, old_label, named[old_label]) for old_label, new in new_label.items()]
         write_csv(out / "identity_map.csv", ("class_index", "old_class_index", "identity"), rows)
     write_json(out / MANIFEST_NAME, manifest.model_dump(mode="json"))
-    return Repair(manifest, salvage.dropped, moved)
+    return Repair(manifest, salvage.dropped, moved, len(from_keys), len(counts.keys() - told.keys() - from_keys.keys()))
 
 
 def _manifest_or_none(directory: Path) -> Manifest | None:
@@ -104,13 +111,32 @@ def _manifest_or_none(directory: Path) -> Manifest | None:
         return None
 
 
-def _identity_names(directory: Path, manifest: Manifest | None) -> list[str] | None:
-    """Names by class index; None where the file is gone or does not fit, then names are made from the index."""
-    try:
-        names = [identity.name for identity in read_identities(directory)]
-    except DataError:
-        return None
-    return names if names and (manifest is None or len(names) == manifest.num_classes) else None
+def _count_identities(directory: Path) -> int | None:
+    with suppress(DataError):
+        return len(read_identities(directory)) or None
+    return None
+
+
+def _told_names(directory: Path) -> dict[int, str]:
+    """Names by class index from the lines of identities.csv that can be read and have their class to themselves."""
+    found = defaultdict[int, list[str]](list)
+    path = directory / IDENTITIES_NAME
+    with suppress(OSError, csv.Error), path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for row in csv.reader(file):
+            if len(row) == 3 and row[0].isdecimal() and len(row[0]) < 10 and row[1] and row[2].isdigit():
+                found[int(row[0])].append(row[1])
+    return {index: names[0] for index, names in found.items() if len(names) == 1}
+
+
+def _names_of_keys(samples: Iterable[tuple[StoredSample, int]], told: dict[int, str]) -> dict[int, str]:
+    """Names of the classes that `told` lacks: the folder of all their images, where no other class is called so."""
+    folders = defaultdict[int, set[str]](set)
+    for sample, label in samples:
+        if label not in told:
+            folders[label].add(sample.image.name.rpartition("/")[0])
+    names = {label: next(iter(found)) for label, found in folders.items() if len(found) == 1}
+    times = Counter([*names.values(), *told.values()])
+    return {label: name for label, name in names.items() if name and times[name] == 1}
 
 
 class _Salvage:
@@ -118,7 +144,7 @@ class _Salvage:
 
     def __init__(self, directory: Path, manifest: Manifest | None, num_classes: int | None) -> None:
         self._entries = {} if manifest is None else {entry.name: entry for entry in manifest.shards}
-        self._num_classes = num_classes if num_classes is not None else manifest.num_classes if manifest else None
+        self._num_classes = num_classes if manifest is None else manifest.num_classes
         self._seen: set[str] = set()
         self.dropped: list[tuple[str, str, str]] = []
         if manifest is not None:
