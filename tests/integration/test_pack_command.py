@@ -9,7 +9,7 @@ import pytest
 
 from aroface.files import sha256_of
 from launch.cli import main
-from shards.manifest import read_identities
+from shards.manifest import read_identities, read_manifest
 from shards.pack import PackOptions, pack
 from tests.helpers.face_folders import write_faces
 
@@ -87,3 +87,19 @@ def test_one_bad_line_costs_no_name(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "names    1 that identities.csv did not tell are the folders of their images, 1 are lost" in (
         capsys.readouterr().out
     )
+
+
+def test_a_repair_tells_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(write_faces(tmp_path / "faces", {"ada": 20, "bob": 20}), tmp_path / "shards", PackOptions())
+    tar = tmp_path / "shards" / "shard-000000.tar"
+    os.truncate(tar, tar.stat().st_size // 2)
+    assert main(["verify", str(tmp_path / "shards"), "--repair", str(tmp_path / "clean")]) == 0
+    captured = capsys.readouterr()
+    saved = read_manifest(tmp_path / "clean").num_samples
+    assert 10 < saved < 30
+    assert f"lost     {40 - saved} images ({tmp_path / 'clean' / 'dropped.csv'})" in captured.out
+    assert "Read: 1 of 1 shards" in captured.err
+    assert "Write: 1 of 1 shards" in captured.err
+    (tmp_path / "shards" / "manifest.json").unlink()
+    assert main(["verify", str(tmp_path / "shards"), "--repair", str(tmp_path / "again")]) == 0
+    assert f"lost     {40 - saved} images; perhaps more, for no manifest tells" in capsys.readouterr().out
