@@ -177,6 +177,7 @@ def test_equal_sample_keys_are_refused(faces: Path, tmp_path: Path) -> None:
         (["ada/1.jpg", "ada/1.jpg"], "would both be image"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_unusable_zips_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
         for name in names:
