@@ -86,11 +86,18 @@ def _repair(shards: Path, out: Path) -> int:
     from launch.progress import StagedProgress
     from shards.repair import DROPPED_NAME, repair
 
-    with StagedProgress(unit="shards read and written") as progress:
-        result = repair(shards, out, progress=lambda done, total: progress.update("Repair", done, total))
+    with StagedProgress(unit="shards") as progress:
+        result = repair(shards, out, progress=progress.update)
     manifest = result.manifest
     print(f"saved    {manifest.num_samples:,} images of {manifest.num_classes:,} identities in {out}")
-    print(f"dropped  {len(result.dropped):,} ({out / DROPPED_NAME})")
+    lost = f"{result.lost:,} images" + (f", all of {n:,} identities" if (n := result.lost_identities) else "")
+    unknown = "" if result.is_counted else "; perhaps more, for no manifest tells how many there were"
+    print(f"lost     {lost}{unknown} ({out / DROPPED_NAME})")
+    if result.names_from_keys or result.names_lost:
+        print(
+            f"names    {result.names_from_keys:,} that identities.csv did not tell are the folders of their images, "
+            f"{result.names_lost:,} are lost (class_XXXXXXXX)"
+        )
     if result.renumbered:
         print(f"renumbered {result.renumbered:,} classes (identity_map.csv): others lost all their images")
     return 0

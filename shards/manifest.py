@@ -136,8 +136,8 @@ def write_index(
         file.write(np.asarray(label, "<i4").tobytes())
 
 
-def read_index(path: Path, *, entry: ShardEntry) -> Index:
-    """Map one index and check that it belongs to the shard that the manifest names.
+def read_index(path: Path, *, entry: ShardEntry | None) -> Index:
+    """Map one index and check that it belongs to the shard that the manifest names; None: no manifest tells.
 
     Raises:
         DataError: missing, cut short, or the index of another tar.
@@ -148,13 +148,13 @@ def read_index(path: Path, *, entry: ShardEntry) -> Index:
         with path.open("rb") as file:
             header = file.read(_INDEX_HEADER.size)
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: the index of {entry.name}. {repair}") from error
+        raise DataError(f"{path} is missing: the index of {path.with_suffix('.tar').name}. {repair}") from error
     if len(header) < _INDEX_HEADER.size or header[:8] != _INDEX_MAGIC:
         raise DataError(f"{path} is not a shard index. {repair}")
     _, count, tar_bytes, digest = _INDEX_HEADER.unpack(header)
     if size != _INDEX_HEADER.size + count * _INDEX_BYTES_PER_SAMPLE:
         raise DataError(f"{path} is {size} bytes long, not what {count} samples take. {repair}")
-    if (count, tar_bytes, digest.hex()) != (entry.samples, entry.bytes, entry.sha256):
+    if entry is not None and (count, tar_bytes, digest.hex()) != (entry.samples, entry.bytes, entry.sha256):
         raise DataError(
             f"{path} belongs to another tar: it lists {count} samples in {tar_bytes} bytes ({digest.hex()[:12]}), "
             f"the manifest says {entry.samples} in {entry.bytes} ({entry.sha256[:12]}) for {entry.name}. {repair}"

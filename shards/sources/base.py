@@ -76,13 +76,18 @@ def size_of_file(path: Path) -> int:
         return -1
 
 
-def entry_of_path(path: str, *, source: str) -> tuple[str, str, str] | None:
+def entry_of_path(path: str, *, source: str, folder_of: dict[str, str]) -> tuple[str, str, str] | None:
     """(identity, name, folder) of an image at `identity/image.jpg`; None for a file that is no image.
 
     The identity is the folder that holds the image, so one or more folders around all identities do not matter.
 
+    Args:
+        path: of the file, relative to the source.
+        source: for messages.
+        folder_of: identity -> folder, of the paths so far; empty at the first, and filled here.
+
     Raises:
-        DataError: the path leads out of the source, or the image lies in no folder.
+        DataError: the path leads out of the source, the image lies in no folder, or its identity has another one too.
     """
     pure = PurePosixPath(path)
     if pure.suffix.lower() not in IMAGE_SUFFIXES or pure.name.startswith("."):
@@ -91,7 +96,16 @@ def entry_of_path(path: str, *, source: str) -> tuple[str, str, str] | None:
         raise DataError(f"{source}: the member {path!r} leads out of the collection; it is refused as unsafe.")
     if len(pure.parts) < 2:
         raise DataError(f"{source}: {path!r} lies in no identity folder; the layout is identity/image.jpg.")
-    return pure.parts[-2], pure.name, str(pure.parent)
+    identity, folder = pure.parts[-2], str(pure.parent)
+    known = folder_of.setdefault(identity, folder)
+    if known != folder:
+        raise DataError(
+            f"{source}: the folders {known!r} and {folder!r} would be one identity, {identity!r}; the layout is "
+            "identity/image.jpg. Rename one of the two, move the images of identity/session/image.jpg up to their "
+            "person, or give `aroface pack` the folders around as sources of their own, which stay apart until --merge "
+            "tells who is one person."
+        )
+    return identity, pure.name, folder
 
 
 def suffix_of_bytes(data: bytes | memoryview) -> str | None:

@@ -1,6 +1,8 @@
 """A folder tree `identity/image.jpg`."""
 
+import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +11,11 @@ from shards.sources.base import Entry, entry_of_path
 
 __all__ = ["FolderSource"]
 
+logger = logging.getLogger(__name__)
+
 
 class FolderSource:
-    """Images under one folder; links to folders are followed, each folder is read once."""
+    """Images under one folder; links to folders are followed, each folder is read once, by its own name."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
@@ -20,10 +24,12 @@ class FolderSource:
 
     def entries(self) -> Iterator[Entry]:
         """Every image; `check` is made of the time of modification."""
+        folder_of: dict[str, str] = {}
         for directory, names in _folders(self._root):
             prefix = os.path.relpath(directory, self._root)
             for name in names:
-                found = entry_of_path(name if prefix == "." else f"{prefix}/{name}", source=str(self._root))
+                path = name if prefix == "." else f"{prefix}/{name}"
+                found = entry_of_path(path, source=str(self._root), folder_of=folder_of)
                 if found is not None:
                     identity, image, folder = found
                     length, check = _length_and_check(os.path.join(directory, name))
@@ -48,15 +54,25 @@ def _length_and_check(path: str) -> tuple[int, int]:
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under `root` with the names of its files."""
+    """Every folder under `root` with the names of its files, by its own name before that of any link to it."""
     seen: set[tuple[int, int]] = set()
-    for directory, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above would be walked for ever
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        yield directory, files
+    waiting, left_out = deque([str(root)]), list[str]()
+    while waiting:
+        for directory, folders, files in os.walk(waiting.popleft(), onerror=_refuse):
+            status = os.stat(directory)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above would be walked for ever
+                folders.clear()
+                left_out.append(directory)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            waiting += sorted(path for name in folders if os.path.islink(path := os.path.join(directory, name)))
+            yield directory, files
+    if left_out:
+        logger.warning(
+            "%s leads to a folder that is read under another name (%d such in all); it is left out.",
+            left_out[0],
+            len(left_out),
+        )
 
 
 def _refuse(error: OSError) -> None:

@@ -20,10 +20,11 @@ class TarSource:
 
     def entries(self) -> Iterator[Entry]:
         """Every image. A link to an image is refused: its bytes lie somewhere else."""
+        folder_of: dict[str, str] = {}
         for archive in self._names:
             path = self._folder / archive
             for member in tar_members(path):
-                found = entry_of_path(member.name.removeprefix("./"), source=str(path))
+                found = entry_of_path(member.name.removeprefix("./"), source=str(path), folder_of=folder_of)
                 if found is None:
                     continue
                 if not member.is_file:

@@ -47,10 +47,11 @@ class ZipSource:
 
     def entries(self) -> Iterator[Entry]:
         """Every image; `check` is its CRC."""
+        folder_of: dict[str, str] = {}
         for archive in self._names:
             path = self._folder / archive
             for member in _members(path):
-                found = entry_of_path(member.name, source=str(path))
+                found = entry_of_path(member.name, source=str(path), folder_of=folder_of)
                 if found is None:
                     continue
                 if member.flags & _ENCRYPTED or member.method not in (_STORED, _DEFLATED):

@@ -9,6 +9,8 @@ import pytest
 
 from aroface.files import sha256_of
 from launch.cli import main
+from shards.manifest import read_identities, read_manifest
+from shards.pack import PackOptions, pack
 from tests.helpers.face_folders import write_faces
 
 
@@ -70,3 +72,34 @@ def test_many_sources_and_a_holdout(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["verify", str(out)]) == main(["verify", str(tmp_path / "out-holdout")]) == 0
     assert main(["pack", str(one), str(tmp_path / "x"), "--size", "5"]) == 2
     assert "--size is 5; choose from 8 to 4096" in capsys.readouterr().err
+
+
+def test_one_bad_line_costs_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faces = write_faces(tmp_path / "faces", {"ada": 5, "bob": 1, "cleo": 7, "dan": 2, "eve": 2, "fay": 1})
+    merges = {"ada": "Lovelace", "bob": "Lovelace", "eve": "both", "fay": "both"}  # names that no key tells
+    pack(faces, tmp_path / "shards", PackOptions(merges=merges))
+    path = tmp_path / "shards" / "identities.csv"
+    text = path.read_text()
+    assert text.splitlines()[1:] == ["0,Lovelace,6", "1,both,3", "2,cleo,7", "3,dan,2"]
+    path.write_text(text.replace("1,both,3", "1,b").replace("2,cleo,7", "2;cleo;7"))
+    assert main(["verify", str(tmp_path / "shards"), "--repair", str(tmp_path / "clean")]) == 0
+    assert [i.name for i in read_identities(tmp_path / "clean")] == ["Lovelace", "class_00000001", "cleo", "dan"]
+    assert "names    1 that identities.csv did not tell are the folders of their images, 1 are lost" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_repair_tells_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(write_faces(tmp_path / "faces", {"ada": 20, "bob": 20}), tmp_path / "shards", PackOptions())
+    tar = tmp_path / "shards" / "shard-000000.tar"
+    os.truncate(tar, tar.stat().st_size // 2)
+    assert main(["verify", str(tmp_path / "shards"), "--repair", str(tmp_path / "clean")]) == 0
+    captured = capsys.readouterr()
+    saved = read_manifest(tmp_path / "clean").num_samples
+    assert 10 < saved < 30
+    assert f"lost     {40 - saved} images ({tmp_path / 'clean' / 'dropped.csv'})" in captured.out
+    assert "Read: 1 of 1 shards" in captured.err
+    assert "Write: 1 of 1 shards" in captured.err
+    (tmp_path / "shards" / "manifest.json").unlink()
+    assert main(["verify", str(tmp_path / "shards"), "--repair", str(tmp_path / "again")]) == 0
+    assert f"lost     {40 - saved} images; perhaps more, for no manifest tells" in capsys.readouterr().out

@@ -65,6 +65,21 @@ def test_folders_and_archives_hold_the_same(tmp_path: Path) -> None:
     assert content(open_source(tmp_path / "zips")) == content(open_source(tmp_path / "tars")) == FACES
 
 
+@pytest.mark.parametrize("layout", ["folder", "zip", "tar"])
+def test_sessions_of_two_people_are_not_taken_for_one_person(tmp_path: Path, layout: str) -> None:
+    sessions = {f"{who}/s1/{who}.jpg": face(i) for i, who in enumerate(("ada", "bob"))}
+    for name, data in sessions.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    (tmp_path / "faces.zip").write_bytes(zip_bytes(sessions))
+    (tmp_path / "faces.tar").write_bytes(tar_of(sessions))
+    path = tmp_path / (layout if layout == "folder" else f"faces.{layout}")
+    with pytest.raises(DataError, match=r"'(ada|bob)/s1' and '(ada|bob)/s1' .* 's1'.* Rename one of the two"):
+        pack(path, tmp_path / "out", PackOptions())
+    apart = pack([tmp_path / "folder" / who for who in ("ada", "bob")], tmp_path / "out", PackOptions())
+    assert apart.num_classes == 2
+
+
 @pytest.mark.parametrize("deflate", [False, True])
 @pytest.mark.parametrize("zip64", [False, True])
 def test_zips_of_every_kind(tmp_path: Path, deflate: bool, zip64: bool) -> None:
@@ -317,3 +332,18 @@ def test_a_link_to_nothing_is_an_unreadable_image(tmp_path: Path) -> None:
     faces = open_face_set(tmp_path / "faces")
     with pytest.raises(DataError, match=r"9.jpg cannot be read"):  # `embed` marks it as a failure to enrol
         faces.read(list(faces.keys).index("ada/9.jpg"))
+
+
+def test_a_link_beside_its_folder_does_not_take_the_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder_of(tmp_path / "faces")
+    (root / "aaa").symlink_to(root / "ada")
+    (root / "0").mkdir()
+    (root / "0" / "deep").symlink_to(root / "bob")
+    (root / "0" / "loop").symlink_to(root)
+    assert content(open_source(root)) == FACES
+    assert "0/deep" in caplog.text or "aaa" in caplog.text
+    assert "read under another name (3 such in all)" in caplog.text
+    elsewhere = tmp_path / "links"
+    elsewhere.mkdir()
+    (elsewhere / "dan").symlink_to(root / "ada")
+    assert set(content(open_source(elsewhere))) == {f"dan/{i}.jpg" for i in range(3)}
