@@ -16,6 +16,7 @@ from typing import Any
 from aroface.errors import ArofaceError, DataError
 
 __all__ = [
+    "NO_ROOM",
     "atomic_path",
     "fsync_directory",
     "new_directory",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 #: The disk takes no more.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CHUNK_BYTES = 1 << 20
 
@@ -66,7 +67,7 @@ def _naming(path: Path) -> Iterator[None]:
         if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
             error.errno, error.strerror = errno.ENOSPC, f"only a part was taken ({error})"  # NumPy does not tell why
         is_temporary = os.path.basename(str(error.filename)).startswith(f".{path.name}.")
-        if is_temporary or (error.filename is None and error.errno in _NO_ROOM):
+        if is_temporary or (error.filename is None and error.errno in NO_ROOM):
             error.filename = str(path)
         raise
 

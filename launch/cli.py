@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from aroface import __version__
+from aroface.files import NO_ROOM
 from launch.command_parser import CommandParser
 
 __all__ = ["COMMANDS", "main"]
@@ -52,9 +53,8 @@ _SMALLER = {
     "model.checkpoint_activations=true; `aroface plan CONFIG --gpus N` tells what fits."
 }
 #: Why the system refuses a path that the user has named -> what to do.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED_PATHS = {
-    **dict.fromkeys(_NO_ROOM, "Make room, or name a path on another disk."),
+    **dict.fromkeys(NO_ROOM, "Make room, or name a path on another disk."),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions, or name another path."),
     errno.ENOTDIR: "A file stands where a folder is meant; name another path.",
     errno.EISDIR: "A folder stands where a file is meant; name another path.",
@@ -130,7 +130,7 @@ def _run_command(name: str, arguments: list[str]) -> int:
         return 0
     except OSError as error:
         is_nameless = error.filename is None
-        if error.errno not in _REFUSED_PATHS or (is_nameless and error.errno not in _NO_ROOM):
+        if error.errno not in _REFUSED_PATHS or (is_nameless and error.errno not in NO_ROOM):
             raise
         where = "" if is_nameless else f"{error.filename}: "
         print(f"aroface {name}: {where}{error.strerror}. {_REFUSED_PATHS[error.errno]}", file=sys.stderr)

@@ -60,7 +60,8 @@ class FlatOnGPU:
         """
         import torch
 
-        parts = np.array_split(probes, -(-len(probes) * count // _BLOCK_PLACES) or 1)
+        at_once = max(1, _BLOCK_PLACES // count)
+        parts = [probes[start : start + at_once] for start in range(0, len(probes), at_once)]
         while True:
             try:
                 with torch.inference_mode(), _whole_float32():
@@ -73,7 +74,6 @@ class FlatOnGPU:
                         f"{len(self._shards)} GPU(s). End what else runs there, name more GPUs, or choose cpu."
                     ) from error
                 self._block_scores //= 4
-                torch.cuda.empty_cache()
 
     def _search(self, probes: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         import torch

@@ -27,6 +27,10 @@ ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs" / "smoke" / "tiny.yaml")
 
 
+#: Two images a rank, of which a quarter could not be attacked.
+START = ("launch", CONFIG, "batch.micro_batch=2", "alignment.share=1")
+
+
 @pytest.fixture
 def hostfile(tmp_path):
     path = tmp_path / "hostfile"
@@ -36,16 +40,7 @@ def hostfile(tmp_path):
 
 def printed(capsys, *arguments):
     """Comment -> words of each command of a dry run."""
-    words = [
-        "launch",
-        CONFIG,
-        "batch.micro_batch=2",
-        "alignment.share=1",
-        "--run",
-        "runs/my run",
-        "--dry-run",
-        *map(str, arguments),
-    ]
+    words = [*START, "--run", "runs/my run", "--dry-run", *map(str, arguments)]
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     return {
@@ -203,23 +198,9 @@ def test_options_that_are_missing_are_asked_for(capsys, hostfile, monkeypatch):
         (("--launcher", "slurm"), "works inside an allocation; submit launch/slurm/train.sbatch"),
         (("--hostfile", str(hostfile), "--env", "NOT_SET_ANYWHERE"), "write --env NOT_SET_ANYWHERE=VALUE"),
     ):
-        assert (
-            main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r", "--dry-run", *options])
-            == 2
-        )
+        assert main([*START, "--run", "r", "--dry-run", *options]) == 2
         assert message in capsys.readouterr().err
-    words = [
-        "launch",
-        CONFIG,
-        "batch.micro_batch=2",
-        "alignment.share=1",
-        "--run",
-        "r",
-        "--launcher",
-        "no-ssh",
-        "--hostfile",
-        str(hostfile),
-    ]
+    words = [*START, "--run", "r", "--launcher", "no-ssh", "--hostfile", str(hostfile)]
     assert main([*words, "--node-rank", "2"]) == 2
     assert "give each node its own, from 0 to 1" in capsys.readouterr().err
 
@@ -254,11 +235,11 @@ def test_slurm_starts_every_rank_with_srun(capsys, slurm):
 
 
 def test_slurm_refuses_other_nodes_and_passes_on_a_failed_check(capsys, slurm):
-    assert main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r", "--nodes", "3"]) == 2
+    assert main([*START, "--run", "r", "--nodes", "3"]) == 2
     assert "--nodes 3 does not fit the allocation, which has 2" in capsys.readouterr().err
-    assert main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r"]) == 2
+    assert main([*START, "--run", "r"]) == 2
     assert "Nothing was started" in capsys.readouterr().err
-    assert main(["launch", CONFIG, "batch.micro_batch=2", "alignment.share=1", "--run", "r", "--no-preflight"]) == 3
+    assert main([*START, "--run", "r", "--no-preflight"]) == 3
 
 
 def test_slurm_tasks_get_the_environment_of_pytorch():
@@ -349,16 +330,7 @@ def test_an_unreachable_host_is_named_and_nothing_waits(tmp_path, hostfile, monk
     for name in ("ssh", "pdsh"):
         (tmp_path / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    words = [
-        "launch",
-        CONFIG,
-        "batch.micro_batch=2",
-        "alignment.share=1",
-        "--run",
-        str(tmp_path / "run"),
-        "--hostfile",
-        str(hostfile),
-    ]
+    words = [*START, "--run", str(tmp_path / "run"), "--hostfile", str(hostfile)]
     assert main(words) == 2
     assert not (tmp_path / "was-waited-for").exists()
     message = capsys.readouterr().err

@@ -105,3 +105,5 @@ def test_long_lists_are_made_of_few_probes_at_a_time(monkeypatch, small):
     found = index.search(unit(7, 1), 50)
     assert searched == [2, 2, 2, 1]
     np.testing.assert_array_equal(found[1], expected[1])
+    monkeypatch.setattr(flat_on_gpu, "_BLOCK_PLACES", 49)  # less than one list
+    np.testing.assert_array_equal(index.search(unit(7, 1), 50)[1], expected[1])
